@@ -1,0 +1,59 @@
+"""EVE, the encoder-free vision-language model: run it, train it, evaluate it.
+
+Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`, `AutoProcessor`,
+`AutoImageProcessor` and `pipeline("image-text-to-text")` know the model.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForPreTraining,
+    AutoProcessor,
+)
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+from .alignment_eve import EveForPreTraining, EvePatchAligner
+from .configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
+from .image_processing_eve import EveImageProcessor, eve_grid, num_image_tokens
+from .modeling_eve import EveForConditionalGeneration, EveModel
+from .patch_embedding_eve import EvePatchEmbedding
+from .processing_eve import EveProcessor
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Registers the classes with the library's Auto classes; may be called again."""
+    AutoConfig.register("eve", EveConfig, exist_ok=True)
+    AutoModel.register(EveConfig, EveModel, exist_ok=True)
+    AutoModelForImageTextToText.register(EveConfig, EveForConditionalGeneration, exist_ok=True)
+    AutoModelForPreTraining.register(EveConfig, EveForPreTraining, exist_ok=True)
+    AutoProcessor.register(EveConfig, EveProcessor, exist_ok=True)
+    try:
+        AutoImageProcessor.register(
+            EveConfig, image_processor_classes={"pil": EveImageProcessor}, exist_ok=True
+        )
+    except ImportError:
+        # transformers 5.17 asks for torchvision to touch AutoImageProcessor at all; its mapping does not.
+        IMAGE_PROCESSOR_MAPPING.register(EveConfig, {"pil": EveImageProcessor}, exist_ok=True)
+
+
+register()
+
+__all__ = [
+    "EveAlignmentConfig",
+    "EveConfig",
+    "EveForConditionalGeneration",
+    "EveForPreTraining",
+    "EveImageProcessor",
+    "EveModel",
+    "EvePatchAligner",
+    "EvePatchEmbedding",
+    "EveProcessor",
+    "EveVisionConfig",
+    "eve_grid",
+    "num_image_tokens",
+    "register",
+]

@@ -1,0 +1,1 @@
+"""Records and where they come from: pictures, questions and how they become model inputs."""

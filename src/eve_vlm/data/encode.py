@@ -1,0 +1,215 @@
+"""A record to model inputs: ids, labels, patches, and the teacher's view.
+
+Labels come from the character spans of the answers in the rendered conversation, which is tokenised
+once as a whole; nothing is tokenised in pieces and counted together, which is how published trainers
+lose samples silently (LLaVA#1166).  A record that cannot be used raises a ValueError with its id and
+the reason; it is the caller who counts.
+
+Easy to get wrong: `<image>` is one token while the text is tokenised, and is repeated afterwards.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from eve_vlm.data.records import Record
+from eve_vlm.data.teacher_view import TeacherView
+from eve_vlm.image_processing_eve import num_image_tokens, to_rgb
+from eve_vlm.pictures import open_picture
+from eve_vlm.processing_eve import EveProcessor
+
+IGNORED = -100
+
+
+class EncodedRecord(NamedTuple):
+    """One record as arrays; `T` tokens, `P` patches, `I` pictures."""
+
+    id: str
+    input_ids: np.ndarray
+    """(T,) int64, with one placeholder per picture token."""
+    labels: np.ndarray
+    """(T,) int64, -100 where nothing is learnt."""
+    pixel_values: np.ndarray
+    """(P, 3 * p * p) float32."""
+    image_grid_thw: np.ndarray
+    """(I, 3) int64."""
+    teacher_pixel_values: np.ndarray | None
+    """(I, size, size, 3) uint8, or None without a teacher."""
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be used, and why."""
+
+    reason: str
+
+
+class Encoder:
+    """Turns records into arrays for training.
+
+    Args:
+        processor: tokenizer, image processor and chat template.
+        format: `chat` learns each answer with its end token; `plain` (captions) renders pictures, answer
+            and a line break, and learns the answer and the line break.
+        max_length: longest sequence allowed, in tokens with pictures in place.
+        teacher_view: makes the teacher's views too.
+    """
+
+    def __init__(
+        self,
+        processor: EveProcessor,
+        *,
+        format: Literal["plain", "chat"],
+        max_length: int,
+        teacher_view: TeacherView | None = None,
+    ):
+        self.processor, self.format, self.max_length = processor, format, max_length
+        self.teacher_view = teacher_view
+        if format == "chat" and not processor.chat_template:
+            raise ValueError(
+                "The processor has no chat template; set processor.chat_template, or use format 'plain'."
+            )
+
+    def __call__(self, record: Record) -> EncodedRecord:
+        """Encodes one record.
+
+        Raises:
+            ValueError: with the record's id, if pictures and `<image>` marks differ in number, an answer is
+                empty, a picture cannot be read, or the sequence is too long.
+        """
+        try:
+            ids, labels = self.encode_text(record.messages)
+            images = [
+                image if isinstance(image, Image.Image) else open_picture(image)
+                for image in record.images
+            ]
+            return self._with_pictures(record.id, ids, labels, [to_rgb(image) for image in images])
+        except ValueError as error:
+            raise ValueError(f"Record {record.id!r}: {error}") from None
+
+    def encode_text(self, messages: Sequence[dict]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a conversation, each picture still one placeholder."""
+        text, spans = self._plain(messages) if self.format == "plain" else self._chat(messages)
+        if not spans:
+            raise ValueError(
+                "it holds no answer to learn from; give at least one assistant message."
+            )
+        tokens = self.processor.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True
+        )
+        ids, labels = tokens["input_ids"], [IGNORED] * len(tokens["input_ids"])
+        for index, (start, end) in enumerate(tokens["offset_mapping"]):
+            if end > start and any(start >= first and end <= last for first, last in spans):
+                labels[index] = ids[index]
+        return ids, labels
+
+    def _plain(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """`<image>` marks, caption and line break; of the user's words only the pictures are kept."""
+        pictures = sum(part["type"] == "image" for message in messages for part in _parts(message))
+        answers = [_text(message) for message in messages if message["role"] == "assistant"]
+        if len(answers) != 1 or len(messages) > 2:
+            raise ValueError(
+                "the plain format takes one caption for its pictures; use format 'chat'."
+            )
+        _check_answer(answers[0])
+        tokenizer = self.processor.tokenizer
+        head = (tokenizer.bos_token or "") + self.processor.image_token * pictures
+        text = head + answers[0] + "\n"
+        return text, [(len(head), len(text))]
+
+    def _chat(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered conversation, and where in it the answers with their end tokens are.
+
+        An answer is what rendering one more message adds behind the generation prompt.
+        """
+        spans = []
+        whole = self._render(messages, add_generation_prompt=False)
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            _check_answer(_text(message))
+            before = self._render(messages[:index], add_generation_prompt=True)
+            behind = self._render(messages[: index + 1], add_generation_prompt=False)
+            if not (whole.startswith(behind) and behind.startswith(before)):
+                raise ValueError(
+                    "the chat template changes earlier turns when later ones are added, so answers cannot be "
+                    "found in it; give a template that only appends."
+                )
+            spans.append((len(before), len(behind.rstrip("\n"))))
+        return whole, spans
+
+    def _render(self, messages: Sequence[dict], *, add_generation_prompt: bool) -> str:
+        return self.processor.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self.processor.chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def _with_pictures(
+        self, id: str, ids: list[int], labels: list[int], images: list[Image.Image]
+    ) -> EncodedRecord:
+        placeholder = np.asarray(ids) == self.processor.image_token_id
+        if placeholder.sum() != len(images):
+            raise ValueError(
+                f"its text has {placeholder.sum()} {self.processor.image_token} marks but {len(images)} pictures; "
+                "give one mark for each picture."
+            )
+        processor = self.processor.image_processor
+        grids = [processor.grid_of(image.height, image.width) for image in images]
+        counts = [num_image_tokens(grid.rows, grid.cols) for grid in grids]
+        length = len(ids) - len(images) + sum(counts)
+        if length > self.max_length:
+            raise ValueError(
+                f"it needs {length} tokens ({sum(counts)} of them for pictures) but max_length is "
+                f"{self.max_length}; use smaller pictures, a shorter conversation or a larger max_length."
+            )
+        repeats = np.ones(len(ids), np.int64)
+        repeats[placeholder] = counts
+        encoded = self._pixels(images)
+        return EncodedRecord(
+            id,
+            np.repeat(np.asarray(ids, np.int64), repeats),
+            np.repeat(np.asarray(labels, np.int64), repeats),
+            *encoded,
+            self._teacher_views(images, grids),
+        )
+
+    def _pixels(self, images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+        processor = self.processor.image_processor
+        if not images:
+            width = 3 * processor.patch_size**2
+            return np.empty((0, width), np.float32), np.empty((0, 3), np.int64)
+        both = processor(images, return_tensors="np")
+        return both["pixel_values"], both["image_grid_thw"]
+
+    def _teacher_views(self, images: list[Image.Image], grids: list) -> np.ndarray | None:
+        view = self.teacher_view
+        if view is None:
+            return None
+        unit = self.processor.image_processor.size_multiple
+        views = [
+            view.render(image, grid.height // unit, grid.width // unit)
+            for image, grid in zip(images, grids, strict=True)
+        ]
+        return np.stack(views) if views else np.empty((0, view.size, view.size, 3), np.uint8)
+
+
+def _parts(message: dict) -> list[dict]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _text(message: dict) -> str:
+    return "".join(part["text"] for part in _parts(message) if part["type"] == "text")
+
+
+def _check_answer(answer: str) -> None:
+    if not answer.strip():
+        raise ValueError(
+            "one of its answers is empty, so there is nothing to learn; fill it in or remove the turn."
+        )
+
+
+__all__ = ["IGNORED", "BadRecord", "EncodedRecord", "Encoder"]

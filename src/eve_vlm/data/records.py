@@ -1,0 +1,29 @@
+"""One training or test example: messages and the pictures that they point at.
+
+Every source (files, synthetic scenes, text) yields this one type, so that encoding and collating
+know nothing of where an example came from. Easy to get wrong: the n-th `{"type": "image"}` part
+over *all* messages stands for `images[n]`; the counts must agree.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """Messages in Hugging Face form with their pictures."""
+
+    id: str
+    """Names the example in logs and error messages."""
+    messages: list[dict[str, Any]]
+    """`{"role": ..., "content": [{"type": "image"} | {"type": "text", "text": ...}, ...]}`."""
+    images: list[Image.Image | Path]
+    """One per image part, in order: an open picture or the path of a file."""
+    family: str = ""
+    """The kind of question (`name`, `count`, ...) under which the answer is scored, if any."""
+
+
+__all__ = ["Record"]

@@ -1,0 +1,88 @@
+"""Scenes as a data source of a recipe: its `options`, checked, to a `SceneDataset`.
+
+    kind: scenes
+    options: {split: train, size: 20000, families: {name: 1, count: 2}, settings: {max_count: 3}}
+
+`text_only: true` leaves the pictures out, to teach a new decoder the language of the captions.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eve_vlm.data.pictograms import load_pictograms
+from eve_vlm.data.records import Record
+from eve_vlm.data.scene_settings import SceneSettings
+from eve_vlm.data.scenes import SceneDataset
+
+OPTIONS = ("split", "size", "families", "settings", "text_only")
+
+
+def cache_folder() -> Path:
+    """Where rendered pictograms are kept: `EVE_CACHE`, else a folder in the user's cache."""
+    return Path(os.environ.get("EVE_CACHE") or Path.home() / ".cache" / "eve-vlm")
+
+
+class SceneSource:
+    """Scenes by index, with or without their pictures."""
+
+    def __init__(self, scenes: SceneDataset, *, text_only: bool = False):
+        self.scenes, self.text_only = scenes, text_only
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], *, seed: int) -> "SceneSource":
+        """Reads a recipe's options.
+
+        Raises:
+            ValueError: if an option is unknown, missing or does not fit.
+        """
+        unknown = sorted(set(options) - set(OPTIONS))
+        if unknown:
+            raise ValueError(
+                f"data.sources.options has {', '.join(unknown)}, which scenes do not know; "
+                f"use {', '.join(OPTIONS)}."
+            )
+        for name, kind in (("size", int), ("families", dict)):
+            if not isinstance(options.get(name), kind):
+                raise ValueError(
+                    f"data.sources.options.{name} must be given as {kind.__name__} for scenes, "
+                    f"but it is {options.get(name)!r}."
+                )
+        scenes = SceneDataset(
+            load_pictograms(cache_folder()),
+            split=options.get("split", "train"),
+            families=options["families"],
+            size=options["size"],
+            seed=seed,
+            settings=_settings(options.get("settings", {})),
+        )
+        return cls(scenes, text_only=bool(options.get("text_only", False)))
+
+    def __len__(self) -> int:
+        """Number of scenes."""
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Record:
+        """Scene `index`."""
+        return self.scenes.text(index) if self.text_only else self.scenes[index]
+
+
+def _settings(given: Mapping[str, Any]) -> SceneSettings:
+    known = {field.name for field in dataclasses.fields(SceneSettings)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(
+            f"data.sources.options.settings has {', '.join(unknown)}, which scenes do not know; "
+            f"use {', '.join(sorted(known))}."
+        )
+    return SceneSettings(**{name: _as_tuple(value) for name, value in given.items()})
+
+
+def _as_tuple(value: Any) -> Any:
+    """YAML lists as the tuples that settings are made of."""
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+__all__ = ["SceneSource", "cache_folder"]

@@ -1,0 +1,270 @@
+"""Pictures to packed patches: geometry, resizing, cutting.  The only place that knows them.
+
+A picture keeps its aspect ratio: its longer side becomes `longest_edge` pixels, its shorter side the
+nearest multiple of `size_multiple` above, so it is stretched by less than one multiple.  What leaves
+here is one row per patch of all pictures behind each other, and a grid per picture; there is no canvas
+and no mask.  Easy to get wrong: the patches of one merge cell are neighbours in the packed order, so
+row k of `pixel_values` is not the k-th patch in reading order.
+
+Legend: `P` patches, `p` patch size in pixels, `m` merge size, `R` x `C` rows and columns of tokens.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import TensorType
+
+
+class EveGrid(NamedTuple):
+    """What becomes of one picture: its size in pixels after resizing, and its tokens."""
+
+    height: int
+    width: int
+    rows: int
+    cols: int
+
+
+def eve_grid(
+    height: int,
+    width: int,
+    *,
+    longest_edge: int,
+    size_multiple: int,
+    patch_size: int = 14,
+    merge_size: int = 2,
+) -> EveGrid:
+    """Returns the resized size and the token grid of a picture of `height` x `width` pixels.
+
+    All in integers, so it is the same on every machine; equal to the published floating-point formula
+    (`goldens/preprocess`).  Rows and columns of patches that do not fill a merge cell are dropped.
+
+    >>> eve_grid(480, 640, longest_edge=672, size_multiple=28)
+    EveGrid(height=504, width=672, rows=18, cols=24)
+
+    Raises:
+        ValueError: if the picture has no pixels, or the sizes do not fit each other.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"A picture of {width} x {height} pixels has nothing to look at; give one with pixels."
+        )
+    if (
+        longest_edge % size_multiple
+        or size_multiple % patch_size
+        or size_multiple < patch_size * merge_size
+    ):
+        raise ValueError(
+            f"longest_edge ({longest_edge}) must be a multiple of size_multiple ({size_multiple}), and that a "
+            f"multiple of patch_size ({patch_size}) of at least {patch_size * merge_size} pixels."
+        )
+    units = longest_edge // size_multiple
+    short_units = -(-units * min(height, width) // max(height, width))  # rounded up
+    long_px, short_px = longest_edge, short_units * size_multiple
+    new_height, new_width = (short_px, long_px) if width > height else (long_px, short_px)
+    cell = patch_size * merge_size
+    return EveGrid(new_height, new_width, new_height // cell, new_width // cell)
+
+
+def num_image_tokens(rows: int, cols: int) -> int:
+    """Tokens of one picture: the class token, and every row of cells with its row-end token.
+
+    >>> num_image_tokens(18, 24)
+    451
+    """
+    return 1 + rows * (cols + 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns the picture upright and in RGB, whatever its mode (first frame of an animation).
+
+    Alpha is dropped, not blended, as in the published preprocessing.  16-bit pictures are scaled to
+    8 bits, which Pillow's own conversion would clip to white instead.
+    """
+    # A copy, because exif_transpose returns a new picture only where it has to turn it.
+    image = ImageOps.exif_transpose(image) or image
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError(
+            "A picture of floating-point pixels has no known range; convert it to 8 or 16 bits before giving it."
+        )
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def resize_picture(
+    image: Image.Image, height: int, width: int, resample: int = PILImageResampling.BICUBIC
+) -> np.ndarray:
+    """Resizes an RGB picture to (height, width, 3) 8-bit pixels, the same bytes with every Pillow >= 10.
+
+    Pillow 13 passes over some tall pictures in the other order, which changes values by up to 12 of 255;
+    two explicit steps, width first, fix the order (`goldens/preprocess/README.md`).  It costs nothing:
+    the library makes the same two passes inside.
+    """
+    image = image.resize((width, image.height), resample).resize((width, height), resample)
+    return np.asarray(image)
+
+
+def cut_patches(
+    pixels: np.ndarray, *, patch_size: int, merge_size: int
+) -> tuple[np.ndarray, int, int]:
+    """Cuts (height, width, 3) pixels into packed patches (P, 3, p, p), and counts patch rows and columns.
+
+    Order: cells in reading order, inside a cell its m x m patches in reading order.
+    """
+    cell = patch_size * merge_size
+    rows, cols = pixels.shape[0] // cell, pixels.shape[1] // cell
+    pixels = pixels[: rows * cell, : cols * cell]
+    patches = pixels.reshape(rows, merge_size, patch_size, cols, merge_size, patch_size, 3)
+    patches = patches.transpose(0, 3, 1, 4, 6, 2, 5)  # (R, C, m, m, 3, p, p)
+    return patches.reshape(-1, 3, patch_size, patch_size), rows * merge_size, cols * merge_size
+
+
+class EveImageProcessorKwargs(ImagesKwargs, total=False):
+    """Settings of `EveImageProcessor` beyond the library's own.
+
+    patch_size: side of a patch in pixels.
+    merge_size: a token stands for merge_size x merge_size patches.
+    size_multiple: the shorter side is rounded up to a multiple of this many pixels.
+    """
+
+    patch_size: int
+    merge_size: int
+    size_multiple: int
+
+
+class EveImageProcessor(PilBackend):
+    """Pictures of any size to `pixel_values` and `image_grid_thw`.
+
+    Returns, for pictures in the order given:
+        pixel_values: (P, 3 * p * p) float32, the patches of all pictures; inside a patch channel, y, x.
+        image_grid_thw: (pictures, 3) int64, 1 and the patch rows and columns of each; the product of a
+            row is that picture's number of rows in `pixel_values`.
+    """
+
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    resample = PILImageResampling.BICUBIC
+    size = {"longest_edge": 672}
+    default_to_square = False
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    patch_size = 14
+    merge_size = 2
+    size_multiple = 28
+    valid_kwargs = EveImageProcessorKwargs
+    model_input_names = ["pixel_values", "image_grid_thw"]
+
+    def __init__(self, **kwargs: Unpack[EveImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        self.grid_of(1, 1)  # refuses sizes that do not fit each other now, not at the first picture
+
+    def grid_of(self, height: int, width: int) -> EveGrid:
+        """The grid of a picture of this size, without needing the picture."""
+        return self._grid(
+            height, width, self.size, self.size_multiple, self.patch_size, self.merge_size
+        )
+
+    @staticmethod
+    def _grid(
+        height: int,
+        width: int,
+        size: SizeDict | dict,
+        size_multiple: int,
+        patch_size: int,
+        merge_size: int,
+    ) -> EveGrid:
+        return eve_grid(
+            height,
+            width,
+            longest_edge=size["longest_edge"],
+            size_multiple=size_multiple,
+            patch_size=patch_size,
+            merge_size=merge_size,
+        )
+
+    def resize_to_grid(self, image: Image.Image) -> np.ndarray:
+        """Resizes one RGB picture to its grid: (height, width, 3) 8-bit pixels."""
+        grid = self.grid_of(image.height, image.width)
+        return resize_picture(image, grid.height, grid.width, self.resample)
+
+    def process_image(self, image: ImageInput, **kwargs) -> np.ndarray:
+        """Brings one input (picture, or 8-bit array of three channels, either order) to (H, W, 3) pixels."""
+        if isinstance(image, Image.Image):
+            return np.asarray(to_rgb(image))
+        pixels = np.asarray(image)
+        if pixels.dtype != np.uint8:
+            raise ValueError(
+                f"A picture came as an array of {pixels.dtype}, whose range is unknown; give a PIL picture or "
+                "8-bit values from 0 to 255."
+            )
+        if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4) and pixels.shape[2] not in (1, 3, 4):
+            pixels = pixels.transpose(1, 2, 0)
+        if pixels.ndim == 3 and pixels.shape[2] == 1:
+            pixels = pixels[:, :, 0]
+        return np.asarray(Image.fromarray(pixels).convert("RGB"))
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        do_resize: bool,
+        size: SizeDict,
+        resample: "PILImageResampling | int | None",
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: list[float],
+        image_std: list[float],
+        patch_size: int,
+        merge_size: int,
+        size_multiple: int,
+        return_tensors: str | TensorType | None,
+        **kwargs,
+    ) -> BatchFeature:
+        # (x * rescale - mean) / std as one multiplication and one addition.
+        scale = np.full(3, rescale_factor if do_rescale else 1.0)
+        shift = np.zeros(3)
+        if do_normalize:
+            scale, shift = (
+                scale / np.asarray(image_std),
+                -np.asarray(image_mean) / np.asarray(image_std),
+            )
+        scale = scale.astype(np.float32).reshape(3, 1, 1)
+        shift = shift.astype(np.float32).reshape(3, 1, 1)
+
+        packed, grids = [], []
+        for pixels in images:
+            if do_resize:
+                grid = self._grid(*pixels.shape[:2], size, size_multiple, patch_size, merge_size)
+                pixels = resize_picture(Image.fromarray(pixels), grid.height, grid.width, resample)
+            elif pixels.shape[0] % (patch_size * merge_size) or pixels.shape[1] % (
+                patch_size * merge_size
+            ):
+                raise ValueError(
+                    f"A picture of {pixels.shape[1]} x {pixels.shape[0]} pixels with do_resize=False must have sides "
+                    f"that are multiples of {patch_size * merge_size}; leave do_resize on."
+                )
+            patches, rows, cols = cut_patches(pixels, patch_size=patch_size, merge_size=merge_size)
+            packed.append((patches * scale + shift).reshape(len(patches), -1))
+            grids.append((1, rows, cols))
+        data = {
+            "pixel_values": np.concatenate(packed),
+            "image_grid_thw": np.array(grids, dtype=np.int64),
+        }
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+__all__ = ["EveGrid", "EveImageProcessor", "eve_grid", "num_image_tokens", "to_rgb"]

@@ -1,0 +1,113 @@
+"""Loads and checks model folders: every load says which weights were missing or surplus, or fails.
+
+Easy to get wrong: the library fills missing weights with random numbers and drops surplus ones with a
+warning at most; here both are errors that list them, save for those a caller allows by name.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from .alignment_eve import EveForPreTraining
+from .configuration_eve import EveConfig
+from .modeling_eve import EveForConditionalGeneration
+from .processing_eve import EveProcessor
+
+SHOWN = 6  # names listed in a message before "and n more"
+
+
+def check_loaded(
+    folder: str | Path,
+    missing: Iterable[str],
+    surplus: Iterable[str],
+    *,
+    allowed: Iterable[str] = (),
+) -> None:
+    """Compares what a load reported with the names that `allowed` (regular expressions) excuses.
+
+    Raises:
+        ValueError: with the names.
+    """
+    excused = [re.compile(pattern) for pattern in allowed]
+    for kind, names in (("lacks", missing), ("has surplus", surplus)):
+        bad = sorted(name for name in names if not any(pattern.match(name) for pattern in excused))
+        if bad:
+            more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+            raise ValueError(
+                f"The checkpoint {folder} {kind} {len(bad)} weights ({', '.join(bad[:SHOWN])}{more}); it belongs to "
+                "another model or was saved in part, so save it again with save_pretrained."
+            )
+
+
+def require_model_folder(folder: str | Path) -> Path:
+    """The folder, checked to hold a saved EVE model.
+
+    Raises:
+        ValueError: if it is not there or holds something else.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no model (no config.json); name a folder that training or save_pretrained wrote."
+        )
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, EveConfig):
+        raise ValueError(
+            f"{folder} holds a model of type {config.model_type!r}, not an EVE model; name another folder."
+        )
+    return folder
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    config: EveConfig | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str = "sdpa",
+    new: Iterable[str] = (),
+) -> EveForConditionalGeneration:
+    """Loads a saved model; with `config.alignment_config` given, the training class with the aligner.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        config: settings to use instead of the folder's own.
+        dtype: type of the weights; None keeps the saved one.
+        new: regular expressions of weights that may be missing and start fresh.
+    """
+    folder = require_model_folder(folder)
+    training = config is not None and config.alignment_config is not None
+    cls = EveForPreTraining if training else EveForConditionalGeneration
+    try:
+        model, report = cls.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:  # shapes that do not fit
+        raise ValueError(
+            f"The weights in {folder} do not fit its config.json: {str(error).splitlines()[0]}"
+        ) from None
+    check_loaded(folder, report["missing_keys"], report["unexpected_keys"], allowed=new)
+    return model
+
+
+def load_processor(
+    folder: str | Path, *, longest_edge: int | None = None, size_multiple: int | None = None
+):
+    """Loads a saved processor, with other picture sizes where given."""
+    processor = EveProcessor.from_pretrained(folder)
+    pictures = processor.image_processor
+    if longest_edge is not None:
+        pictures.size = {"longest_edge": longest_edge}
+    if size_multiple is not None:
+        pictures.size_multiple = size_multiple
+    pictures.grid_of(1, 1)  # refuses sizes that do not fit each other
+    return processor
+
+
+__all__ = ["check_loaded", "load_model", "load_processor", "require_model_folder"]

@@ -1,0 +1,1 @@
+"""Answering: the engine, and later what serves it."""

@@ -1,0 +1,189 @@
+"""The engine: conversations with pictures in, answers out.  The only caller of `model.generate`.
+
+Easy to get wrong: a batch of prompts is padded on the left; with padding on the right shorter prompts
+get wrong or empty answers (LLaVA#754), which is why no caller pads by itself.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from eve_vlm.image_processing_eve import num_image_tokens
+from eve_vlm.loading import load_model, load_processor
+from eve_vlm.modeling_eve import EveForConditionalGeneration
+from eve_vlm.pictures import open_picture
+from eve_vlm.processing_eve import EveProcessor
+
+
+class EveEngine:
+    """A loaded model that answers.
+
+    Args:
+        model: any `EveForConditionalGeneration`; it is put into eval mode.
+        processor: its processor, with a chat template.
+    """
+
+    def __init__(self, model: EveForConditionalGeneration, processor: EveProcessor):
+        self.model, self.processor = model.eval(), processor
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | None = None) -> "EveEngine":
+        """Loads a folder onto `device` (a GPU where there is one, else the CPU in float32)."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        # bfloat16 products are 25 to 70 times slower than float32 on common CPUs (integration.md).
+        dtype = torch.float32 if device == "cpu" else None
+        return cls(load_model(folder, dtype=dtype).to(device), load_processor(folder))
+
+    def ask(
+        self,
+        question: str,
+        images: Sequence[Image.Image | str | Path] = (),
+        *,
+        max_new_tokens: int = 128,
+    ) -> str:
+        """Answers one question about some pictures, or about none.
+
+        `<image>` marks in the question say where the pictures go; without marks they go in front.
+
+        Raises:
+            ValueError: if the question is empty, or marks and pictures differ in number.
+        """
+        return self.generate([user_message(question, images)], max_new_tokens=max_new_tokens)[0]
+
+    def generate(
+        self,
+        conversations: Sequence[list[dict]],
+        *,
+        max_new_tokens: int = 128,
+        batch_size: int = 32,
+    ) -> list[str]:
+        """Answers conversations greedily, in batches.
+
+        Args:
+            conversations: Hugging Face messages; picture parts are `{"type": "image", "image": picture}`
+                with an open picture or a file name.
+
+        Returns:
+            One answer per conversation, without special tokens or outer blanks.
+
+        Raises:
+            ValueError: if a picture cannot be read, or a prompt is longer than the model takes.
+        """
+        answers: list[str] = []
+        for first in range(0, len(conversations), batch_size):
+            answers += self._generate_batch(
+                conversations[first : first + batch_size], max_new_tokens
+            )
+        return answers
+
+    @torch.inference_mode()
+    def _generate_batch(
+        self, conversations: Sequence[list[dict]], max_new_tokens: int
+    ) -> list[str]:
+        images = [
+            _open(part["image"]) for messages in conversations for part in _picture_parts(messages)
+        ]
+        texts = [
+            self.processor.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.processor.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            for messages in conversations
+        ]
+        inputs = self.processor(
+            text=texts,
+            images=images or None,
+            add_special_tokens=False,  # the chat template writes them
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        self._check_length(inputs, images, max_new_tokens)
+        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+        given = {name: inputs[name].to(self.model.device) for name in names if name in inputs}
+        output = self.model.generate(
+            **given,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+            eos_token_id=self.processor.tokenizer.eos_token_id,
+        )
+        new = output[:, given["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _check_length(self, inputs: dict, images: list[Image.Image], max_new_tokens: int) -> None:
+        limit = self.model.config.text_config.max_position_embeddings
+        mask = inputs["attention_mask"].sum(1)
+        longest = int(mask.max())
+        if longest + max_new_tokens <= limit:
+            return
+        row = int(mask.argmax())
+        in_pictures = int((inputs["input_ids"][row] == self.processor.image_token_id).sum())
+        room = limit - max_new_tokens - (longest - in_pictures)
+        raise ValueError(
+            f"The prompt takes {longest} tokens, {in_pictures} of them for pictures, and the answer up to "
+            f"{max_new_tokens}, but the model takes {limit} in all; {self._fitting_size(images, room)}."
+        )
+
+    def _fitting_size(self, images: list[Image.Image], room: int) -> str:
+        """Advice: the largest longest_edge at which all pictures of the batch fit into `room` tokens."""
+        processor = self.processor.image_processor
+        unit, cell = processor.size_multiple, processor.patch_size * processor.merge_size
+        for edge in range(processor.size["longest_edge"] - unit, 0, -unit):
+            tokens = 0
+            for image in images:
+                units, sides = edge // unit, (image.height, image.width)
+                short = -(-units * min(sides) // max(sides)) * unit // cell
+                tokens += max(
+                    num_image_tokens(short, edge // cell), num_image_tokens(edge // cell, short)
+                )
+            if tokens <= room:
+                return f"with pictures of longest_edge {edge} (set processor.image_processor.size) it would fit"
+        return "shorten the question or give fewer pictures"
+
+
+def user_message(question: str, images: Sequence[Image.Image | str | Path]) -> list[dict]:
+    """One user turn from a question with `<image>` marks, or pictures in front of a question without.
+
+    Raises:
+        ValueError: if the question is empty, or marks and pictures differ in number.
+    """
+    pieces = question.split("<image>")
+    if not "".join(pieces).strip():
+        raise ValueError('The question is empty; ask something, such as "What is in the picture?".')
+    if len(pieces) == 1:
+        parts = [{"type": "image", "image": image} for image in images]
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": question.strip()}]}]
+    if len(pieces) - 1 != len(images):
+        raise ValueError(
+            f"The question has {len(pieces) - 1} <image> marks but {len(images)} pictures were given; give one mark "
+            "for each picture, or no marks at all."
+        )
+    content: list[dict] = []
+    for piece, image in zip(pieces, [*images, None], strict=True):
+        if piece.strip():
+            content.append({"type": "text", "text": piece.strip() if not content else piece})
+        if image is not None:
+            content.append({"type": "image", "image": image})
+    return [{"role": "user", "content": content}]
+
+
+def _picture_parts(messages: list[dict]) -> list[dict]:
+    return [
+        part
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+
+
+def _open(image: Image.Image | str | Path) -> Image.Image:
+    return image if isinstance(image, Image.Image) else open_picture(image)
+
+
+__all__ = ["EveEngine", "user_message"]

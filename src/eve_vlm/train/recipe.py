@@ -1,0 +1,374 @@
+"""A recipe: one complete YAML file that says everything about one training stage.
+
+There is no inheritance between recipes: whoever reads the file sees the whole stage, and the four
+files of a model lie side by side for comparison. The `training:` section goes to
+`transformers.TrainingArguments`; its names and types are checked against the installed version.
+
+Easy to get wrong: the string below each field is its help text, and the order of
+`stage.learning_rates` counts (the first glob that matches a parameter decides).
+"""
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import TrainingArguments
+
+from eve_vlm.train.strict_yaml import Origin, apply_overrides, build, nearest, read_mapping, typed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionSection:
+    """The patch embedding layer."""
+
+    patch_size: int
+    """Side of a patch in pixels."""
+    merge_size: int
+    """Patches per side that are merged into one token."""
+    hidden_size: int
+    """Width of the patch embedding layer before the projector."""
+    num_attention_heads: int
+    """Heads of its two attentions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSection:
+    """How pictures are sized."""
+
+    longest_edge: int
+    """The longer side of every picture after resizing, in pixels."""
+    size_multiple: int
+    """Both sides become multiples of this many pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """What the stage starts from: exactly one of `init_from`, `decoder` and `text_config`."""
+
+    init_from: str | None = None
+    """Folder that an earlier stage saved; weights, tokenizer and settings come from it."""
+    decoder: str | None = None
+    """A Hugging Face decoder, folder or name, that gets a new patch embedding layer."""
+    text_config: dict[str, Any] | None = None
+    """Settings of a decoder that is made from nothing; `model_type` names its kind."""
+    tokenizer: str | None = None
+    """Folder or name of a tokenizer; null takes the one that comes with the start."""
+    vision: VisionSection
+    """The patch embedding layer."""
+    image: ImageSection
+    """How pictures are sized; may differ from the stage before (HD)."""
+    dtype: Literal["float32", "bfloat16"]
+    """Type of the weights in memory."""
+    attn_implementation: str = "sdpa"
+    """Attention of the decoder, as transformers names it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceSection:
+    """One source of records."""
+
+    kind: Literal["llava", "scenes"]
+    """`llava`: a JSON or JSON Lines file; `scenes`: pictures composed on the fly."""
+    path: str | None = None
+    """The file with the records; `scenes` needs none."""
+    image_folder: str | None = None
+    """Folder that picture names in the file start from; null means the folder of the file."""
+    weight: float = 1.0
+    """How often this source is drawn from, relative to the others."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further settings of this kind of source."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSection:
+    """What the stage learns from."""
+
+    sources: list[SourceSection]
+    """Where records come from."""
+    format: Literal["plain", "chat"]
+    """`plain`: picture then caption, all of it learnt; `chat`: only the answers are learnt."""
+    max_length: int
+    """Longest sequence in tokens, counted after every picture took its place."""
+    max_bad_share: float = 0.01
+    """Training stops when more than this share of the records cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignmentSection:
+    """The patch aligning layer and its teacher."""
+
+    teacher: str
+    """`efficientnet-lite0`, or a Hugging Face vision model, folder or name."""
+    layer: int = -2
+    """Hidden state of the teacher to align with; -2 is the last but one."""
+    tap_every: int = 4
+    """The aligner reads every so many-th layer of the decoder, counted from the last."""
+    weight: float = 1.0
+    """Factor of the alignment loss beside the language loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageSection:
+    """Which parameters learn, and how fast."""
+
+    name: Literal["language", "prealign", "pretrain", "finetune"]
+    """The stage."""
+    trainable: list[str]
+    """Globs of parameter names; everything else is frozen and every glob must match."""
+    learning_rates: dict[str, float]
+    """Glob to peak learning rate; the first that matches decides and none may be idle."""
+    weight_decay: float
+    """Decay of every trainable parameter but biases and norm weights."""
+    no_decay: list[str] = dataclasses.field(default_factory=list)
+    """Globs of further parameters without decay."""
+    alignment: AlignmentSection | None
+    """The patch aligning layer and its teacher; null trains on language alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One training stage."""
+
+    name: str
+    """Name of the run in logs."""
+    output_dir: str
+    """Folder for checkpoints, logs and the final model."""
+    seed: int = 0
+    """Seed of the order of records, of new weights and of everything else."""
+    model: ModelSection
+    """What the stage starts from."""
+    data: DataSection
+    """What it learns from."""
+    stage: StageSection
+    """Which parameters learn, and how fast."""
+    training: dict[str, Any]
+    """Keys of transformers.TrainingArguments, save those that the recipe sets itself."""
+
+
+OWNED = {
+    "output_dir": "output_dir at the top of the recipe",
+    "run_name": "name at the top of the recipe",
+    "seed": "seed at the top of the recipe",
+    "data_seed": "seed at the top of the recipe",
+    "learning_rate": "stage.learning_rates",
+    "weight_decay": "stage.weight_decay",
+    "resume_from_checkpoint": "the command line of `eve train`",
+    "parallelism_config": "the accelerate configuration file",
+    "local_rank": "the launcher (torchrun sets it)",
+    "do_train": "nothing, because a recipe always trains",
+    "do_eval": "nothing, because a recipe always trains",
+    "do_predict": "nothing, because a recipe always trains",
+    "remove_unused_columns": "nothing, because Trainer would drop the pictures",
+    "label_names": "nothing, because the model names its labels itself",
+    "label_smoothing_factor": "nothing, because the model computes the loss itself",
+}
+"""Training arguments that a recipe does not take, and where their value belongs."""
+
+# transformers 5.23 renamed these and will drop the old names in 6; 5.17 has only the old ones.
+# Recipes may use either, and training_arguments_dict() writes the one that is installed.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+_GONE = {"warmup_ratio": "write warmup_steps: 0.03, where a value below 1 is a share of the run"}
+_AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def recipes_folder() -> Path:
+    """The recipes that come with the package, or those of the repository it runs from."""
+    packaged = resources.files("eve_vlm") / "recipes"
+    if packaged.is_dir():
+        return Path(str(packaged))
+    return Path(__file__).resolve().parents[3] / "recipes"
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that `path` means: itself, with `.yaml`, or a shipped one such as `tiny/1_prealign`.
+
+    Raises:
+        ValueError: If there is none; the message lists the nearest shipped names.
+    """
+    given, folder = Path(path), recipes_folder()
+    inside = Path(*given.parts[1:]) if given.parts[:1] == ("recipes",) else given
+    for candidate in (given, folder / inside):
+        named = [candidate, candidate.with_name(candidate.name + ".yaml")] if candidate.name else []
+        for file in named:
+            if file.is_file():
+                return file
+    shipped = [
+        file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")
+    ]
+    hint = (
+        nearest(inside.as_posix().removesuffix(".yaml"), shipped) if shipped else "check the path"
+    )
+    hint = hint.replace("the keys here are", "the shipped recipes are")
+    raise ValueError(f"{given}: there is no such recipe, neither here nor in {folder}; {hint}")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key.path=value` overrides and check every key, type and value.
+
+    Raises:
+        ValueError: One sentence with the file, the dotted key, what is wrong and how to mend it.
+    """
+    file = find_recipe(path)
+    data = read_mapping(file)
+    origin = apply_overrides(data, overrides, cls=Recipe, file=str(path))
+    recipe = build(Recipe, data, origin=origin)
+    _check_values(recipe, origin)
+    _check_training(recipe.training, origin)
+    return recipe
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, every default and override written out; it loads as the same recipe."""
+    data = dataclasses.asdict(recipe)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """Field name to the string below it, for help texts and generated documentation."""
+    pattern = re.compile(r'^    (\w+): .+\n    """(.+?)"""$', re.MULTILINE)
+    return dict(pattern.findall(inspect.getsource(cls)))
+
+
+def training_arguments_dict(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments for `TrainingArguments`, under the names of the installed transformers.
+
+    `learning_rate` is the highest of the stage: the optimizer groups carry the real ones.
+    """
+    known = _training_hints()
+    names = {
+        old: old if old in known and new not in known else new for old, new in _RENAMED.items()
+    }
+    names |= {new: names[old] for old, new in _RENAMED.items()}
+    arguments = {names.get(key, key): value for key, value in recipe.training.items()}
+    return {
+        "report_to": "none",
+        **arguments,
+        "output_dir": recipe.output_dir,
+        "run_name": recipe.name,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "learning_rate": max(recipe.stage.learning_rates.values()),
+        "weight_decay": recipe.stage.weight_decay,
+        "remove_unused_columns": False,
+    }
+
+
+def _training_hints() -> dict[str, Any]:
+    hints = typing.get_type_hints(TrainingArguments)
+    return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments)}
+
+
+def _check_training(training: dict[str, Any], origin: Origin) -> None:
+    """Names and types against TrainingArguments; what the recipe sets itself is refused."""
+    hints = _training_hints()
+    for old, new in _RENAMED.items():
+        hints[old] = hints[new] = bool | None if old == "gradient_checkpointing" else dict[str, Any]
+        if old in training and new in training:
+            origin.fail(("training", old), f"says the same as training.{new}; keep one of the two")
+    for name, value in training.items():
+        key = ("training", name)
+        if name in OWNED:
+            origin.fail(key, f"is not set in this section; it belongs to {OWNED[name]}")
+        if name in _GONE:
+            origin.fail(key, f"is no longer an argument of transformers; {_GONE[name]}")
+        if name not in hints:
+            known = set(hints) - set(OWNED)
+            origin.fail(key, f"is not a key of TrainingArguments; {nearest(name, known)}")
+        typed(value, hints[name], key=key, origin=origin)
+        if name in _AT_LEAST_ONE and value < 1:
+            origin.fail(key, f"must be at least 1, but it is {value}; give a count")
+    if "per_device_train_batch_size" not in training:
+        origin.fail(("training", "per_device_train_batch_size"), "is missing; add a count")
+    if not {"max_steps", "num_train_epochs"} & set(training):
+        origin.fail(("training", "max_steps"), "is missing; add max_steps or num_train_epochs")
+
+
+def _check_values(recipe: Recipe, origin: Origin) -> None:
+    """What types cannot say: positive sizes, shares, and keys that depend on one another."""
+    model, data, stage = recipe.model, recipe.data, recipe.stage
+    starts = {
+        "init_from": model.init_from,
+        "decoder": model.decoder,
+        "text_config": model.text_config,
+    }
+    given = [name for name, value in starts.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        problem = f"must give one of {', '.join(starts)}, but gives {found}; keep exactly one"
+        origin.fail(("model",), problem)
+    for section in ("vision", "image"):
+        for name, value in dataclasses.asdict(model)[section].items():
+            _positive(("model", section, name), value, origin)
+    vision, image = model.vision, model.image
+    for name, value, of, unit in (
+        (
+            "vision.hidden_size",
+            vision.hidden_size,
+            "num_attention_heads",
+            vision.num_attention_heads,
+        ),
+        (
+            "image.size_multiple",
+            image.size_multiple,
+            "one token",
+            vision.patch_size * vision.merge_size,
+        ),
+        ("image.longest_edge", image.longest_edge, "size_multiple", image.size_multiple),
+    ):
+        if value % unit:
+            near = {value // unit * unit or unit, (value // unit + 1) * unit}
+            fix = f"{' or '.join(map(str, sorted(near)))} would do"
+            problem = f"is {value}, not a multiple of {of} ({unit}); {fix}"
+            origin.fail(("model", *name.split(".")), problem)
+    _positive(("data", "max_length"), data.max_length, origin)
+    if not 0 <= data.max_bad_share <= 1:
+        problem = (
+            f"must be between 0 and 1, but it is {data.max_bad_share}; 0.01 is one in a hundred"
+        )
+        origin.fail(("data", "max_bad_share"), problem)
+    _check_sources(data.sources, origin)
+    _check_stage(stage, origin)
+
+
+def _check_sources(sources: list[SourceSection], origin: Origin) -> None:
+    if not sources:
+        origin.fail(("data", "sources"), "is an empty list; add at least one source")
+    for index, source in enumerate(sources):
+        key = ("data", "sources", str(index))
+        _positive((*key, "weight"), source.weight, origin)
+        if source.kind == "llava" and source.path is None:
+            origin.fail((*key, "path"), "is missing; kind llava needs a JSON or JSON Lines file")
+
+
+def _check_stage(stage: StageSection, origin: Origin) -> None:
+    if not stage.trainable:
+        origin.fail(("stage", "trainable"), "is an empty list; add a glob, such as '*' for all")
+    if not stage.learning_rates:
+        origin.fail(("stage", "learning_rates"), "is empty; add a line such as '*': 4.0e-5")
+    for glob, rate in stage.learning_rates.items():
+        _positive(("stage", "learning_rates", glob), rate, origin)
+    if stage.weight_decay < 0:
+        problem = f"must not be negative, but it is {stage.weight_decay}; 0.0 switches it off"
+        origin.fail(("stage", "weight_decay"), problem)
+    if stage.alignment is not None:
+        _positive(("stage", "alignment", "tap_every"), stage.alignment.tap_every, origin)
+        _positive(("stage", "alignment", "weight"), stage.alignment.weight, origin)
+        if stage.name == "language":
+            origin.fail(
+                ("stage", "alignment"), "must be null in the stage language; it has no pictures"
+            )
+
+
+def _positive(key: tuple[str, ...], value: float, origin: Origin) -> None:
+    if value <= 0:
+        origin.fail(key, f"must be above 0, but it is {value}; give a positive number")
