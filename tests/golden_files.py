@@ -47,15 +47,13 @@ def find_folder(environment: dict[str, str] | None = None) -> Path:
     return beside if (beside / "preprocess").is_dir() else TESTS / "goldens" / "published"
 
 
-@functools.cache
-def folder() -> Path:
-    """The folder of this run; raises at collection when the variable names a bad one."""
-    return find_folder()
+FOLDER = find_folder()
+"""The folder of this run; read at import, so that a bad name stops the collection at once."""
 
 
 def is_subset() -> bool:
     """Whether the folder says that parts of a full set were left out."""
-    return (folder() / "subset.json").is_file()
+    return (FOLDER / "subset.json").is_file()
 
 
 def kept(path: Path) -> bool:
@@ -70,7 +68,7 @@ def read_json(path: Path) -> Any:
 
 def folders(group: str, listing: str) -> list[Path]:
     """Folders of a group that hold the listing file, by name."""
-    return sorted(path.parent for path in (folder() / group).glob(f"*/{listing}"))
+    return sorted(path.parent for path in (FOLDER / group).glob(f"*/{listing}"))
 
 
 @functools.cache
@@ -85,23 +83,23 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 @functools.cache
 def preprocess() -> dict[str, Any]:
     """The listing of pictures and what every processor makes of them."""
-    return read_json(folder() / "preprocess" / "preprocess.json")
+    return read_json(FOLDER / "preprocess" / "preprocess.json")
 
 
 def picture_path(name: str) -> Path:
     """The file of a picture, given its name with or without the ending."""
     stem = name.rsplit(".", 1)[0]
-    return folder() / "preprocess" / preprocess()["images"][stem]["file"]
+    return FOLDER / "preprocess" / preprocess()["images"][stem]["file"]
 
 
 @functools.cache
 def processors() -> dict[str, dict[str, Any]]:
     """Published picture processors by folder relative to the set, e.g. `openai/...`."""
     found = {}
-    for path in sorted((folder() / "openai").glob("*/preprocessor_config.json")):
+    for path in sorted((FOLDER / "openai").glob("*/preprocessor_config.json")):
         settings = read_json(path)
         if "image_size_clip" in settings:
-            found[path.parent.relative_to(folder()).as_posix()] = settings
+            found[path.parent.relative_to(FOLDER).as_posix()] = settings
     return found
 
 
@@ -147,8 +145,8 @@ def picture_by_hash() -> dict[str, Picture]:
 def stored_pixels() -> dict[str, tuple[Path, str]]:
     """Where each stored float tensor lies, by checksum."""
     found = {}
-    extra = folder() / "pel" / "extra_inputs.safetensors"
-    for path in [*sorted((folder() / "preprocess").glob("*.safetensors")), extra]:
+    extra = FOLDER / "pel" / "extra_inputs.safetensors"
+    for path in [*sorted((FOLDER / "preprocess").glob("*.safetensors")), extra]:
         if path.is_file():
             found.update({sha256(value): (path, key) for key, value in tensors(path).items()})
     return found
@@ -262,12 +260,12 @@ class Training(NamedTuple):
     @property
     def case(self) -> dict[str, Any]:
         """Template, sizes and conversations."""
-        return read_json(folder() / "pal" / "cases.json")[self.name]
+        return read_json(FOLDER / "pal" / "cases.json")[self.name]
 
     @property
     def model(self) -> Path:
         """The model folder."""
-        return folder() / Path(self.info["model"].split(" ")[0]).parent
+        return FOLDER / Path(self.info["model"].split(" ")[0]).parent
 
 
 @functools.cache
@@ -275,7 +273,7 @@ def trainings() -> list[Training]:
     """All training cases of all models."""
     return [
         Training(path, path.stem)
-        for path in sorted((folder() / "pal").glob("*/*.json"))
+        for path in sorted((FOLDER / "pal").glob("*/*.json"))
         if kept(path.with_suffix(".safetensors"))
     ]
 
@@ -283,9 +281,7 @@ def trainings() -> list[Training]:
 @functools.cache
 def model_folders() -> list[Path]:
     """Model folders whose weights are there."""
-    return [
-        path for path in folders("model", "config.json") if kept(path / "model.safetensors")
-    ]
+    return [path for path in folders("model", "config.json") if kept(path / "model.safetensors")]
 
 
 def published_weights(path: Path, *, training: bool = False) -> dict[str, torch.Tensor]:
@@ -302,11 +298,11 @@ def published_weights(path: Path, *, training: bool = False) -> dict[str, torch.
 @functools.cache
 def text() -> dict[str, Any]:
     """Ids and labels of the conversations, by template."""
-    return read_json(folder() / "text" / "text.json")
+    return read_json(FOLDER / "text" / "text.json")
 
 
 @functools.cache
 def conversations() -> dict[str, dict[str, Any]]:
     """Conversations in LLaVA form by id."""
-    listed = read_json(folder() / "text" / "conversations.json")
+    listed = read_json(FOLDER / "text" / "conversations.json")
     return {sample["id"]: sample for sample in listed}

@@ -7,15 +7,16 @@ get wrong: the published dummy picture of a text-only sample has no counterpart 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import golden_files as golden
 import torch
 from PIL import Image
 from torch import Tensor
 
+import golden_files as golden
 from eve_vlm import (
     EveConfig,
     EveForConditionalGeneration,
@@ -34,9 +35,9 @@ from eve_vlm.convert_eve_weights_to_hf import (
     tokenizer_from_published,
 )
 from eve_vlm.data.records import Record
+from eve_vlm.data.sources import LlavaSource
 from eve_vlm.image_processing_eve import to_rgb
 
-ROLES = {"human": "user", "gpt": "assistant"}
 PLACEHOLDER = -200  # the published mark of a picture
 IGNORED = -100
 
@@ -119,7 +120,7 @@ def inference_model(folder: Path) -> EveForConditionalGeneration:
 def training_model(case: golden.Training) -> EveForPreTraining:
     """Our training model with a case's weights; a new one every time."""
     weights = golden.published_weights(case.model, training=True)
-    width = golden.read_json(golden.folder() / case.info["teacher"] / "config.json")["hidden_size"]
+    width = golden.read_json(golden.FOLDER / case.info["teacher"] / "config.json")["hidden_size"]
     config = config_from_published(
         published_config(case.model, "config.json"),
         golden.processors()[case.info["image_processor"]],
@@ -162,7 +163,7 @@ def our_name(published: str) -> str:
 @functools.cache
 def tokenizer() -> Any:
     """Our tokenizer, with `<image>` in its vocabulary."""
-    return tokenizer_from_published(golden.folder() / "tokenizer")
+    return tokenizer_from_published(golden.FOLDER / "tokenizer")
 
 
 @functools.cache
@@ -179,21 +180,16 @@ def text_of(content: str | list[dict[str, Any]]) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def llava_record(sample: dict[str, Any], *, system: str) -> Record:
-    """A conversation in LLaVA form as our record."""
-    messages = [{"role": "system", "content": system}] if system else []
-    turns = sample["conversations"]
-    for turn in turns[1:] if turns[0]["from"] == "gpt" else turns:
-        words = turn["value"]
-        parts = []
-        if "image" in sample and "<image>" in words:
-            parts.append({"type": "image"})
-            words = words.replace("<image>", "").strip()
-        if words or not parts:
-            parts.append({"type": "text", "text": words})
-        messages.append({"role": ROLES[turn["from"]], "content": parts})
-    images = [golden.picture_path(sample["image"])] if "image" in sample else []
-    return Record(id=sample["id"], messages=messages, images=images)
+def llava_records(path: Path, *, system: str) -> dict[str, Record]:
+    """Conversations of a LLaVA file as our records, by id, behind a system sentence."""
+    folder = golden.picture_path(next(iter(golden.preprocess()["images"]))).parent
+    source = LlavaSource(path, image_folder=folder)
+    opening = [{"role": "system", "content": system}] if system else []
+    records = [source[index] for index in range(len(source))]
+    return {
+        record.id: dataclasses.replace(record, messages=opening + record.messages)
+        for record in records
+    }
 
 
 def expand(ids: list[int], counts: list[int], value: int) -> list[int]:

@@ -1,17 +1,20 @@
 """Parity: our code against the numbers of the published programme.
 
 Every name, size, prompt and seed comes from the folder of golden numbers (`golden_files.py`), so
-the same tests run on another set of the same format. Float32: 1e-5 absolute; gradients 1e-4
-relative; integers and 8-bit pictures equal. One thing a reader would get wrong: behind the decoder
-the published float32 numbers are themselves up to 2.6e-5 away from float64 at entries as large as
-13, so there 1e-5 counts per unit of the largest entry (and is 1e-5 absolute where that is below 1).
+the same tests run on another set of the same format. Float32: 1e-5 absolute on activations and
+losses; gradients 1e-4 relative; integers and 8-bit pictures equal. One thing a reader would get
+wrong: the published float32 activations are themselves up to 6.9e-6 (patch embedding) and 2.6e-5
+(behind the decoder) away from float64, at entries as large as 13; so for activations 1e-5 counts
+per unit of the largest entry of the tensor, and is absolute where that is below 1.
 
-Each test stores the largest difference it saw as a property of its report (`--junitxml`).
+Each test stores the largest difference that it saw as a property of its report
+(`--junitxml=FILE -o junit_family=xunit1`).
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import subprocess
@@ -20,14 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import golden_files as golden
-import golden_product as product
 import numpy as np
 import pytest
 import torch
-from oracle import sequence
 from PIL import Image
 
+import golden_files as golden
+import golden_product as product
 from eve_vlm import (
     EveConfig,
     EveForConditionalGeneration,
@@ -42,6 +44,7 @@ from eve_vlm.image_processing_eve import to_rgb
 from eve_vlm.train.parameters import optimizer_groups, select_trainable
 from eve_vlm.train.recipe import StageSection
 from eve_vlm.train.teacher import FrozenTeacher
+from oracle import sequence
 
 ACTIVATIONS = 1e-5  # absolute, float32
 GRADIENTS = 1e-4  # relative to the largest entry of a tensor, or to its norm
@@ -57,12 +60,17 @@ def check(record_property: Callable[[str, object], None]) -> Check:
     """Compare two tensors and store the largest difference seen under a group's name."""
     largest: dict[str, float] = {}
 
-    def compare(group: str, made: Any, expected: Any, *, deep: bool = False, what: str = "") -> None:
+    def compare(
+        group: str, made: Any, expected: Any, *, deep: bool = False, what: str = ""
+    ) -> None:
         made, expected = torch.as_tensor(made).detach(), torch.as_tensor(expected)
         assert made.shape == expected.shape, (group, what)
         difference = float((made.double() - expected.double()).abs().max())
         scale = max(1.0, float(expected.abs().max())) if deep else 1.0
         largest[group] = max(largest.get(group, 0.0), difference)
+        if deep:
+            key = f"{group}, per unit"
+            largest[key] = max(largest.get(key, 0.0), difference / scale)
         assert difference <= ACTIVATIONS * scale, (group, what)
 
     yield compare
@@ -91,10 +99,10 @@ def test_every_group_is_covered() -> None:
     assert any("image" in sample for case in golden.trainings() for sample in case.samples)
     assert golden.text()["tokenizer_image_token"]
     assert chat_cases() and caption_cases()
-    assert golden.read_json(golden.folder() / "train" / "optimizer_groups.json")["groups"]
+    assert golden.read_json(golden.FOLDER / "train" / "optimizer_groups.json")["groups"]
     if not golden.is_subset():
         for group in golden.GROUPS:
-            assert (golden.folder() / group).is_dir(), group
+            assert (golden.FOLDER / group).is_dir(), group
 
 
 @pytest.mark.parametrize("content", [None, (), ("note.txt",)], ids=["missing", "empty", "other"])
@@ -233,7 +241,7 @@ def test_patch_embedding(case: golden.Embedding, check: Check) -> None:
     for part, value in made.items():
         expected = case.expected(part)
         if expected is not None:
-            check("patch embedding", value, expected, what=part)
+            check("patch embedding", value, expected, deep=True, what=part)
             compared += 1
     assert compared
 
@@ -251,7 +259,8 @@ def test_patch_embedding_in_one_batch(folder: Path, check: Check) -> None:
         torch.cat([pixels for pixels, _ in inputs]), torch.cat([grid for _, grid in inputs])
     )
     for case, made in zip(cases, features.pooler_output, strict=True):
-        check("patch embedding, batched", made, case.expected("post_projector"), what=case.name)
+        expected = case.expected("post_projector")
+        check("patch embedding, batched", made, expected, deep=True, what=case.name)
 
 
 # --- whole model ----------------------------------------------------------------------------------
@@ -272,16 +281,16 @@ def prompt_inputs(case: golden.Prompt) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("case", golden.prompts(), ids=folder_id)
 @torch.no_grad()
 def test_model_activations(case: golden.Prompt, check: Check) -> None:
-    """Merged embeddings within 1e-5; hidden states and logits within 1e-5 per unit."""
+    """Merged embeddings, hidden states and logits within 1e-5 per unit."""
     inputs = prompt_inputs(case)
     assert inputs["input_ids"].shape[1] == case.listing["n_merged"]
     model = product.inference_model(case.folder)
     out = model(**inputs, output_hidden_states=True, use_cache=False)
-    check("merged embeddings", out.hidden_states[0][0], case.stored["inputs_embeds"])
+    check("merged embeddings", out.hidden_states[0][0], case.stored["inputs_embeds"], deep=True)
     compared = 0
     for index, state in enumerate(out.hidden_states):
         if (expected := case.stored.get(f"hidden_states.{index}")) is not None:
-            check("hidden states", state[0], expected, deep=index > 0, what=str(index))
+            check("hidden states", state[0], expected, deep=True, what=str(index))
             compared += 1
     assert compared == len(case.listing["hidden_kept"])
     name = "logits" if "logits" in case.stored else "logits_last4"
@@ -333,7 +342,7 @@ def test_greedy_tokens(case: golden.Prompt, use_cache: bool, check: Check) -> No
 
 @functools.cache
 def teacher_of(name: str, layer: int, cells: int) -> FrozenTeacher:
-    return FrozenTeacher.from_pretrained(str(golden.folder() / name), cells=cells, layer=layer)
+    return FrozenTeacher.from_pretrained(str(golden.FOLDER / name), cells=cells, layer=layer)
 
 
 def teacher_for(case: golden.Training) -> FrozenTeacher:
@@ -349,7 +358,7 @@ def teacher_views(case: golden.Training, batch: product.Batch) -> torch.Tensor:
     view, unit, views = teacher_for(case).view, processor.size_multiple, []
     for image in images:
         grid = processor.grid_of(image.height, image.width)
-        views.append(torch.from_numpy(view.render(image, grid.height // unit, grid.width // unit)))
+        views.append(torch.tensor(view.render(image, grid.height // unit, grid.width // unit)))
     return torch.stack(views)
 
 
@@ -387,15 +396,21 @@ def test_teacher_views_and_features(case: golden.Training, check: Check) -> None
 def test_training_forward(case: golden.Training, check: Check) -> None:
     """Batch, activations, both sides of the aligner, and every loss.
 
+    The published batch is padded before pictures take their place, so it may be wider than ours;
+    only positions that are attended to are compared.
     The published programme also runs a dummy picture for a text-only sample and compares the
     aligner's output with itself, which adds exactly 0; ours has no picture there.
     """
     info, stored = case.info, case.stored
     model, batch, teacher, cells = prepared(case)
     inputs = batch.inputs
-    assert list(batch.labels.shape) == info["merged_shape"]
-    assert torch.equal(batch.labels, stored["merged_labels"])
-    assert torch.equal(inputs["attention_mask"].bool(), stored["merged_attention_mask"].bool())
+    valid = inputs["attention_mask"].bool()
+    lengths = stored["merged_attention_mask"].sum(1)
+    assert torch.equal(valid.sum(1), lengths)
+    assert list(stored["merged_labels"].shape) == info["merged_shape"]
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(batch.labels[row, :length], stored["merged_labels"][row, :length])
+        assert stored["merged_attention_mask"][row, :length].all()
     assert list(model.aligner.taps) == info["layer_idx"]
     assert model.aligner.pool_size == info["patch_ratio"]
 
@@ -405,7 +420,6 @@ def test_training_forward(case: golden.Training, check: Check) -> None:
     check("total loss", loss.loss, info["total_loss"])
 
     out = model.model(**inputs, output_hidden_states=True, image_taps=model.aligner.taps)
-    valid = inputs["attention_mask"].bool()
     last = valid.sum(1) - 1
     logits = model.lm_head(out.last_hidden_state)[torch.arange(len(last)), last]
     layers = len(out.hidden_states) - 1
@@ -417,10 +431,10 @@ def test_training_forward(case: golden.Training, check: Check) -> None:
     }
     for name, made in activations.items():
         if name in stored:
-            expected = stored[name]
-            expected = expected[valid] if expected.ndim == 3 else expected
-            expected = expected[valid[0]] if name.endswith("sample0") else expected
-            check("training activations", made, expected, deep=name != "inputs_embeds", what=name)
+            expected, kept = stored[name], stored["merged_attention_mask"].bool()
+            expected = expected[kept] if expected.ndim == 3 else expected
+            expected = expected[kept[0]] if name.endswith("sample0") else expected
+            check("training activations", made, expected, deep=True, what=name)
 
     student = model.aligner(out.image_taps, inputs["image_grid_thw"])
     sides = zip(student.split(cells.tolist()), teacher.split(cells.tolist()), strict=True)
@@ -446,6 +460,27 @@ def gradients(case: golden.Training, part: str) -> dict[str, torch.Tensor | None
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("case", golden.trainings(), ids=training_id)
+def test_training_batch_from_conversations(case: golden.Training, tmp_path: Path) -> None:
+    """Our reader, encoder and collator make the published batch from the conversations."""
+    path = tmp_path / "samples.json"
+    path.write_text(json.dumps(case.samples), encoding="utf-8")
+    template = case.case["version"]
+    system = golden.text()["conversation_templates"][template]["system"]
+    kind = "plain" if template == "plain" else "chat"
+    both = product.processor(case.info["image_processor"])
+    encoder = Encoder(both, format=kind, max_length=10**6, teacher_view=teacher_for(case).view)
+    records = product.llava_records(path, system=system).values()
+    batch = EveCollator(pad_token_id=0)([encoder(record) for record in records])
+    expected = product.training_batch(case, both.image_token_id)
+    for key, value in expected.inputs.items():
+        assert torch.equal(batch[key], value), key
+    assert torch.equal(batch["labels"], expected.labels)
+    assert torch.equal(batch["teacher_pixel_values"], teacher_views(case, expected))
+    learnt = int((batch["labels"] != product.IGNORED).sum())
+    assert learnt == case.info["n_supervised_tokens"]
+
+
 @pytest.mark.parametrize("part", ["total", "clip", "llm"])
 @pytest.mark.parametrize("case", golden.trainings(), ids=training_id)
 def test_gradients(
@@ -465,7 +500,8 @@ def test_gradients(
     for key, expected in case.stored.items():
         if key.startswith(f"grad_{part}."):
             made = found[product.our_name(key.removeprefix(f"grad_{part}."))]
-            difference = float((made - expected).abs().max() / expected.abs().max())
+            scale = float(expected.abs().max()) or SMALLEST_NORM  # 0: softmax over a single key
+            difference = float((made - expected).abs().max()) / scale
             largest = max(largest, difference)
             assert difference <= GRADIENTS, key
     if part == "total":
@@ -483,14 +519,19 @@ def optimizer_steps(case: golden.Training) -> list[float]:
     "case", [case for case in golden.trainings() if optimizer_steps(case)], ids=training_id
 )
 def test_optimizer_steps(case: golden.Training, check: Check) -> None:
-    """Total loss of plain AdamW steps (rate 1e-3) on one batch, everything trainable."""
+    """Total loss of plain AdamW steps (rate 1e-3) on one batch, everything trainable.
+
+    AdamW divides by the gradient's own size, so a rounding difference in a small gradient moves its
+    weight as far as a large one would; the decoder therefore adds up as the published one does.
+    """
     model, batch, teacher, _ = prepared(case)
+    model.model.language_model.set_attn_implementation("eager")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     )
     for step, expected in enumerate(optimizer_steps(case)):
         loss = model(**batch.inputs, labels=batch.labels, teacher_features=teacher).loss
-        check("optimizer steps", loss, expected, what=str(step))
+        check("optimizer steps", loss, expected, deep=step > 0, what=str(step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -498,7 +539,7 @@ def test_optimizer_steps(case: golden.Training, check: Check) -> None:
 
 def test_optimizer_groups() -> None:
     """Every published weight that we keep has the published rate and decay, or is frozen."""
-    listing = golden.read_json(golden.folder() / "train" / "optimizer_groups.json")
+    listing = golden.read_json(golden.FOLDER / "train" / "optimizer_groups.json")
     args = listing["args"]
     base, patch = args["learning_rate"], args["vision_tower_lr"]
     projector = args["mm_projector_lr"]
@@ -558,13 +599,26 @@ def caption_cases() -> list[str]:
     return [name for name, entry in golden.text()["plain"].items() if "error" not in entry]
 
 
+def empty_answer(name: str) -> bool:
+    turns = golden.conversations()[name]["conversations"]
+    return any(turn["from"] == "gpt" and not turn["value"].strip() for turn in turns)
+
+
+def unequal_marks(name: str) -> bool:
+    """Whether the turns hold more or fewer picture marks than the sample has pictures."""
+    sample = golden.conversations()[name]
+    marks = sum(turn["value"].count(sequence.MARK) for turn in sample["conversations"])
+    return marks != ("image" in sample)
+
+
 def cut_cases() -> list[tuple[str, str, int]]:
     """Samples that the published programme encoded with a short limit."""
     found = []
     for key, entries in golden.text().items():
-        if match := re.fullmatch(r"(.+)_max_length_(\d+)", key):
-            if match[1] in golden.text()["conversation_templates"]:
-                found += [(match[1], name, int(match[2])) for name in entries]
+        match = re.fullmatch(r"(.+)_max_length_(\d+)", key)
+        if match and match[1] in golden.text()["conversation_templates"]:
+            names = [name for name in entries if not (empty_answer(name) or unequal_marks(name))]
+            found += [(match[1], name, int(match[2])) for name in names]
     return found
 
 
@@ -584,12 +638,8 @@ def text_encoder(template: str, *, max_length: int = 10**6) -> Encoder:
 def record_of(template: str, name: str) -> Any:
     """A published conversation as our record, with the template's system sentence."""
     system = golden.text()["conversation_templates"][template]["system"]
-    return product.llava_record(golden.conversations()[name], system=system)
-
-
-def has_empty_answer(name: str) -> bool:
-    turns = golden.conversations()[name]["conversations"]
-    return any(turn["from"] == "gpt" and not turn["value"].strip() for turn in turns)
+    path = golden.FOLDER / "text" / "conversations.json"
+    return product.llava_records(path, system=system)[name]
 
 
 def published_ids(encoder: Encoder, ids: list[int]) -> list[int]:
@@ -614,9 +664,7 @@ def test_processor_makes_the_prompt(case: golden.Prompt) -> None:
     """Text and pictures through our processor give the published ids, expanded, and our pixels."""
     name = product.published_config(case.folder)["mm_vision_tower"]
     images = product.open_pictures(case.images) or None
-    made = product.processor(name)(
-        text=case.listing["prompt"], images=images, return_tensors="pt"
-    )
+    made = product.processor(name)(text=case.listing["prompt"], images=images, return_tensors="pt")
     expected = prompt_inputs(case)
     assert made["input_ids"].tolist() == expected["input_ids"].tolist()
     for key in set(expected) - {"input_ids"}:
@@ -659,13 +707,18 @@ def test_chat_ids_and_labels(template: str, name: str) -> None:
     The published programme finds answers by splitting the text and adding token counts up. A sample
     whose answer contains " ASSISTANT: " or is empty breaks the count, and all its labels become
     -100 with a warning: it is silently not learnt. Ours learns every answer with its end token, and
-    refuses an empty answer with a ValueError, which the caller counts.
+    refuses an empty answer with a ValueError, which the caller counts. It also refuses more or
+    fewer picture marks than pictures, which the published programme takes in silence.
     """
     encoder, record = text_encoder(template), record_of(template, name)
     expected = golden.text()[template][name]
-    if has_empty_answer(name):
+    if empty_answer(name):
         assert set(expected["labels"]) == {product.IGNORED}
         with pytest.raises(ValueError, match="empty"):
+            encoder(record)
+        return
+    if unequal_marks(name):
+        with pytest.raises(ValueError, match="mark"):
             encoder(record)
         return
     ids, labels = encoder.encode_text(record.messages)
@@ -702,7 +755,7 @@ def test_captions_refused() -> None:
         answers = [m for m in record.messages if m["role"] == "assistant"]
         if "error" not in entry:
             continue
-        if len(answers) > 1 or has_empty_answer(name):
+        if len(answers) > 1 or empty_answer(name):
             with pytest.raises(ValueError, match=name):
                 encoder(record)
             refused += 1
@@ -723,8 +776,6 @@ def test_long_samples_are_refused(template: str, name: str, limit: int) -> None:
     same and a cut between pictures and marks is possible. Ours counts pictures in place.
     """
     record = record_of(template, name)
-    if has_empty_answer(name):
-        pytest.skip("refused for its empty answer before its length is counted")
     whole = text_encoder(template)(record)
     length = len(whole.input_ids)
     if length > limit:
@@ -764,8 +815,8 @@ def test_collated_batch() -> None:
         valid = batch["attention_mask"][index].bool()
         ids = batch["input_ids"][index][valid].tolist()
         mark = encoder.processor.image_token_id
-        kept = [value for value, on in zip(*(expected[k][index] for k in ("input_ids", "attention_mask")), strict=True) if on]
-        assert product.collapse(ids, mark, own) == kept
+        length = sum(expected["attention_mask"][index])
+        assert product.collapse(ids, mark, own) == expected["input_ids"][index][:length]
         wanted = [label for label in expected["labels"][index] if label != product.IGNORED]
         labels = batch["labels"][index]
         assert labels[labels != product.IGNORED].tolist() == wanted
@@ -779,7 +830,15 @@ def test_labels_equal_the_oracle(format: str) -> None:
     encoder = text_encoder("plain" if format == "plain" else "v1")
     tokenizer = product.tokenizer()
     system = golden.text()["conversation_templates"]["v1"]["system"]
-    answers = ["Yes.", "1. one", "\u00e9t\u00e9", "\U0001f642 ok", "ASSISTANT: x", "(a)", "two\nlines"]
+    answers = [
+        "Yes.",
+        "1. one",
+        "\u00e9t\u00e9",
+        "\U0001f642 ok",
+        "ASSISTANT: x",
+        "(a)",
+        "two\nlines",
+    ]
     for answer in answers:
         turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
         sample = {"id": answer, "image": "none.png", "conversations": turns}

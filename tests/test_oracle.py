@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 
-import golden_files as golden
 import numpy as np
 import pytest
 import torch
-from oracle import alignment, geometry, patch_embedding, preprocess, sequence, whole_model
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
+
+import golden_files as golden
+from oracle import alignment, geometry, patch_embedding, preprocess, sequence, whole_model
 
 ACTIVATIONS = 1e-5  # float32, absolute: what the set's own README asks for
 # Behind the decoder the published float32 numbers themselves are up to 2.6e-5 away from float64,
@@ -43,7 +44,7 @@ def training_id(case: golden.Training) -> str:
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    path = golden.folder() / "tokenizer" / "tokenizer.json"
+    path = golden.FOLDER / "tokenizer" / "tokenizer.json"
     return PreTrainedTokenizerFast(
         tokenizer_file=str(path), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -149,13 +150,13 @@ def norm(value: torch.Tensor | None) -> float:
 def test_training_forward(case: golden.Training) -> None:
     """Losses and features within 1e-5; gradients of the total loss within 1e-4 of the largest."""
     info, stored = case.info, case.stored
-    config, weights, decoder = decoder_of(case.model)
+    _, weights, decoder = decoder_of(case.model)
     learnt = {name: p for name, p in decoder.named_parameters()}
     for name, value in weights.items():
         if name.startswith(("model.vision_tower", "model.mm_projector")) and "clip" not in name:
             weights[name] = learnt[name] = value.clone().requires_grad_()
     settings = golden.processors()[info["image_processor"]]
-    teacher_folder = golden.folder() / info["teacher"]
+    teacher_folder = golden.FOLDER / info["teacher"]
     teacher = whole_model.build_teacher(
         golden.read_json(teacher_folder / "config.json"),
         golden.tensors(teacher_folder / "model.safetensors"),

@@ -236,8 +236,8 @@ VALUES = [
     ("model.image.size_multiple=21", "is 21, not a multiple of one token (28); 28 would do"),
     ("model.vision.num_attention_heads=5", "not a multiple of num_attention_heads (5)"),
     ("model.vision.patch_size=0", "model.vision.patch_size must be above 0"),
-    ("model.init_from=", "model must give one of init_from, decoder, text_config, but gives none"),
-    ("model.decoder=x", "gives init_from and decoder; keep exactly one"),
+    ("model.init_from=", "model gives no start; add init_from, decoder, or text_config"),
+    ("model.decoder=x", "gives init_from and decoder; keep the one that the stage starts from"),
     ("training.gradient_accumulation_steps=0", "must be at least 1, but it is 0"),
     ("training.activation_checkpointing=true", "says the same as"),
 ]

@@ -70,7 +70,9 @@ def train(
         typer.echo(run.describe(loaded))
         return
     result = run.train(loaded, resume=resume)
-    typer.echo(f"{result.output_dir} is trained ({result.records:,} records, {result.seconds:.0f} s).")
+    typer.echo(
+        f"{result.output_dir} is trained ({result.records:,} records, {result.seconds:.0f} s)."
+    )
 
 
 @app.command()

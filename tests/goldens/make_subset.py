@@ -130,7 +130,9 @@ def copy_training(full: Path, out: Path, model: str) -> None:
 def make_subset(full: Path, out: Path) -> int:
     """Write the subset and give its size in bytes."""
     if not (full / "preprocess" / "preprocess.json").is_file():
-        raise ValueError(f"{full} is no full folder of golden numbers; name one that holds all groups")
+        raise ValueError(
+            f"{full} is no full folder of golden numbers; name one that holds all groups"
+        )
     for old in sorted(out.glob("*")):
         if old.is_dir():
             shutil.rmtree(old)

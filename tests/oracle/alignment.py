@@ -34,9 +34,7 @@ def cells(sequence: Tensor, rows: int, cols: int, pool: int) -> list[Tensor]:
     pooled = []
     for row in range(rows // pool):
         for col in range(cols // pool):
-            area = [
-                table[row * pool + y][col * pool + x] for y in range(pool) for x in range(pool)
-            ]
+            area = [table[row * pool + y][col * pool + x] for y in range(pool) for x in range(pool)]
             pooled.append(sum(area) / len(area))
     return pooled
 

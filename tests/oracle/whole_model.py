@@ -16,10 +16,20 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from . import alignment, patch_embedding, sequence
 
 DECODER_KEYS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads hidden_act max_position_embeddings rms_norm_eps tie_word_embeddings "
-    "bos_token_id eos_token_id attention_bias"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "attention_bias",
+)
 
 
 class Forward(NamedTuple):
@@ -46,7 +56,9 @@ def build_decoder(config: dict[str, Any], weights: dict[str, Tensor]) -> LlamaFo
     return decoder
 
 
-def embed_pictures(canvases: list[Tensor], weights: dict[str, Tensor]) -> list[tuple[Tensor, int, int]]:
+def embed_pictures(
+    canvases: list[Tensor], weights: dict[str, Tensor]
+) -> list[tuple[Tensor, int, int]]:
     """Projected tokens, rows and columns per canvas with mask (4, H, W)."""
     layer = patch_embedding.select(weights, "model.vision_tower.")
     projector = patch_embedding.select(weights, "model.mm_projector.")
@@ -54,7 +66,9 @@ def embed_pictures(canvases: list[Tensor], weights: dict[str, Tensor]) -> list[t
     found = []
     for canvas in canvases:
         tokens = patch_embedding.embed(patch_embedding.crop(canvas, patch), layer)
-        found.append((patch_embedding.project(tokens.sequence, projector), tokens.rows, tokens.cols))
+        found.append(
+            (patch_embedding.project(tokens.sequence, projector), tokens.rows, tokens.cols)
+        )
     return found
 
 

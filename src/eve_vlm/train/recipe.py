@@ -50,14 +50,14 @@ class ImageSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSection:
-    """What the stage starts from: exactly one of `init_from`, `decoder` and `text_config`."""
+    """What the stage starts from: `init_from` or `decoder`; a new decoder with neither."""
 
     init_from: str | None = None
     """Folder that an earlier stage saved; weights, tokenizer and settings come from it."""
     decoder: str | None = None
     """A Hugging Face decoder, folder or name, that gets a new patch embedding layer."""
     text_config: dict[str, Any] | None = None
-    """Settings of a decoder that is made from nothing; `model_type` names its kind."""
+    """The decoder's settings; alone it is made from nothing, else the start must agree."""
     tokenizer: str | None = None
     """Folder or name of a tokenizer; null takes the one that comes with the start."""
     vision: VisionSection
@@ -296,15 +296,11 @@ def _check_training(training: dict[str, Any], origin: Origin) -> None:
 def _check_values(recipe: Recipe, origin: Origin) -> None:
     """What types cannot say: positive sizes, shares, and keys that depend on one another."""
     model, data, stage = recipe.model, recipe.data, recipe.stage
-    starts = {
-        "init_from": model.init_from,
-        "decoder": model.decoder,
-        "text_config": model.text_config,
-    }
-    given = [name for name, value in starts.items() if value is not None]
-    if len(given) != 1:
-        found = " and ".join(given) or "none of them"
-        problem = f"must give one of {', '.join(starts)}, but gives {found}; keep exactly one"
+    if model.init_from is not None and model.decoder is not None:
+        problem = "gives init_from and decoder; keep the one that the stage starts from"
+        origin.fail(("model",), problem)
+    if model.init_from is None and model.decoder is None and model.text_config is None:
+        problem = "gives no start; add init_from, decoder, or text_config for a new decoder"
         origin.fail(("model",), problem)
     for section in ("vision", "image"):
         for name, value in dataclasses.asdict(model)[section].items():

@@ -1,14 +1,14 @@
 """One recipe, one run: build, train, save.  `eve train` and `eve quickstart` both end here.
 
 An output folder holds the model and its processor, and beside them `recipe.resolved.yaml`,
-`parameters.txt`, `losses.jsonl` and, while it runs, the library's `checkpoint-*` folders.
+`parameters.txt`, `run.json` (losses by term, cost) and, while it runs, the library's `checkpoint-*` folders.
 Easy to get wrong: a folder with another run in it is refused, not overwritten.
 """
 
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ from eve_vlm.train.trainer import EveTrainer, StageProgress
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.resolved.yaml"
-LOSSES_FILE = "losses.jsonl"
+RESULT_FILE = "run.json"
 TOKENIZER_SAMPLE = 4096  # records whose words a new tokenizer is learnt from
 
 
@@ -46,14 +46,16 @@ TOKENIZER_SAMPLE = 4096  # records whose words a new tokenizer is learnt from
 class RunResult:
     """What a run leaves behind."""
 
-    output_dir: Path
+    output_dir: str
     """Folder of the saved model."""
     seconds: float
     """Wall time of training and saving."""
-    losses: list[dict]
-    """The log, one entry per logged step."""
     records: int
     """Records used."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    losses: list[dict]
+    """The log, one entry per logged step, every loss term by name."""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
@@ -63,7 +65,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
         ValueError: for anything in the recipe, the data or the folders that a user can mend.
     """
     output = Path(recipe.output_dir)
-    checkpoint = _prepare_output(output, recipe, resume=resume)
+    checkpoint = _check_output(output, recipe, resume=resume)
     torch.manual_seed(recipe.seed)
     started = time.perf_counter()
     records = _build_records(recipe)
@@ -71,6 +73,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     teacher = _build_teacher(recipe)
     model = build_model(recipe, processor, teacher.hidden_size if teacher else None)
     select_trainable(model, recipe.stage)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RECIPE_FILE).write_text(resolved_yaml(recipe), encoding="utf-8")
     (output / "parameters.txt").write_text(
         parameter_table(model, recipe.stage) + "\n", encoding="utf-8"
     )
@@ -95,21 +99,32 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the same
     trainer.train(resume_from_checkpoint=checkpoint)
-    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if trainer.is_world_process_zero():
-        text = "".join(json.dumps(entry) + "\n" for entry in losses)
-        (output / LOSSES_FILE).write_text(text, encoding="utf-8")
     trainer.save_model(str(output))
+    result = RunResult(
+        output_dir=str(output),
+        seconds=time.perf_counter() - started,
+        records=trainer.num_records,
+        steps=trainer.state.global_step,
+        losses=[entry for entry in trainer.state.log_history if "loss" in entry],
+    )
     if trainer.is_world_process_zero():
         processor.save_pretrained(output)
+        # Written last: where it is, the run is complete.
+        (output / RESULT_FILE).write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
     if trainer.bad_records:
         logger.warning("%d records were left out", trainer.bad_records.total())
-    return RunResult(
-        output_dir=output,
-        seconds=time.perf_counter() - started,
-        losses=losses,
-        records=trainer.num_records,
-    )
+    return result
+
+
+def finished_run(recipe: Recipe) -> RunResult | None:
+    """The result of exactly this run where its output folder holds it complete, else None."""
+    output = Path(recipe.output_dir)
+    file = output / RECIPE_FILE
+    if not file.is_file() or file.read_text(encoding="utf-8") != resolved_yaml(recipe):
+        return None
+    if not (output / RESULT_FILE).is_file():
+        return None
+    return RunResult(**json.loads((output / RESULT_FILE).read_text(encoding="utf-8")))
 
 
 def describe(recipe: Recipe) -> str:
@@ -120,8 +135,15 @@ def describe(recipe: Recipe) -> str:
     width = 1024
     if recipe.stage.alignment is not None:
         width = _teacher_width(recipe)
+    try:
+        text_config = _decoder_config(recipe)
+    except ValueError as error:
+        if not recipe.model.text_config:
+            raise
+        logger.warning("%s Shown is the shape in model.text_config instead.", error)
+        text_config = _decoder_config(recipe, start=False)
     with torch.device("meta"):
-        model = _new_model(recipe, _decoder_config(recipe), image_token_id=0, teacher_width=width)
+        model = _new_model(recipe, text_config, image_token_id=0, teacher_width=width)
     select_trainable(model, recipe.stage)
     arguments = recipe.training
     sequences = arguments["per_device_train_batch_size"] * arguments.get(
@@ -159,7 +181,8 @@ def build_processor(recipe: Recipe, records: Mixture) -> EveProcessor:
     else:
         step = max(len(records) // TOKENIZER_SAMPLE, 1)
         words = (_words(records[index]) for index in range(0, len(records), step))
-        tokenizer = train_tokenizer(words)
+        vocab_size = recipe.model.text_config.get("vocab_size", 2048)
+        tokenizer = train_tokenizer(words, vocab_size=vocab_size)
         template = tokenizer.chat_template
     pictures = EveImageProcessor(**_picture_settings(recipe))
     return EveProcessor(pictures, tokenizer, chat_template=template)
@@ -173,6 +196,7 @@ def build_model(
     dtype = getattr(torch, section.dtype)
     if section.init_from is not None:
         config = EveConfig.from_pretrained(section.init_from)
+        _decoder_config(recipe)  # says if the recipe's text_config does not agree
         _check_vision(recipe, config)
         config.alignment_config = _alignment_config(recipe, teacher_width)
         model = load_model(
@@ -183,7 +207,8 @@ def build_model(
             new=[r"aligner\."],
         )
     else:
-        decoder_config = _decoder_config(recipe, len(processor.tokenizer))
+        decoder_config = _decoder_config(recipe)
+        decoder_config.setdefault("vocab_size", len(processor.tokenizer))
         model = _new_model(
             recipe,
             decoder_config,
@@ -218,29 +243,37 @@ def _new_model(
     return cls._from_config(config, attn_implementation=recipe.model.attn_implementation)
 
 
-def _decoder_config(recipe: Recipe, vocab_size: int | None = None) -> dict:
-    """Settings of the decoder: the start's own where it can be read, else `model.text_config`."""
+def _decoder_config(recipe: Recipe, *, start: bool = True) -> dict:
+    """Settings of the decoder: those of the start, which `model.text_config` must agree with.
+
+    Without a readable start (`start=False`, for a dry run) `model.text_config` alone is taken.
+    """
     section = recipe.model
-    if section.decoder is not None:
+    expected = dict(section.text_config or {})
+    found: dict = {}
+    if start and section.decoder is not None:
         try:
-            return AutoConfig.from_pretrained(section.decoder).to_dict()
+            found = AutoConfig.from_pretrained(section.decoder).to_dict()
         except OSError as error:
-            if vocab_size is not None or section.text_config is None:
-                raise ValueError(
-                    f"The decoder {section.decoder!r} cannot be loaded ({str(error).splitlines()[0]}); give a folder, "
-                    "or connect to the Hub."
-                ) from None
-            return dict(section.text_config)
-    if section.init_from is not None and (Path(section.init_from) / "config.json").is_file():
-        return EveConfig.from_pretrained(section.init_from).text_config.to_dict()
-    if section.text_config is None:
+            raise ValueError(
+                f"The decoder {section.decoder!r} cannot be loaded "
+                f"({str(error).splitlines()[0]}); give a folder, or connect to the Hub."
+            ) from None
+    elif start and section.init_from is not None:
+        folder = require_model_folder(section.init_from)
+        found = EveConfig.from_pretrained(folder).text_config.to_dict()
+    elif not expected:
         raise ValueError(
-            f"{section.init_from} holds no model yet; run the stage before first, or set model.text_config."
+            f"{section.init_from or section.decoder} is not at hand and model.text_config does not "
+            "say its shape; run the stage before first, or add model.text_config."
         )
-    config = dict(section.text_config)
-    if vocab_size is not None:
-        config["vocab_size"] = vocab_size
-    return config
+    for name, value in expected.items():
+        if name in found and found[name] != value:
+            raise ValueError(
+                f"model.text_config.{name} is {value} in the recipe but {found[name]} in "
+                f"{section.init_from or section.decoder}; make the two agree."
+            )
+    return expected | found
 
 
 def _copy_decoder(model: EveForConditionalGeneration, name: str, dtype: torch.dtype) -> None:
@@ -333,35 +366,42 @@ def _words(record) -> str:
     )
 
 
-def _prepare_output(output: Path, recipe: Recipe, *, resume: bool) -> str | None:
-    """Makes the folder; returns the checkpoint to resume from.
+def _check_output(output: Path, recipe: Recipe, *, resume: bool) -> str | None:
+    """Refuses a folder that holds something else; returns the checkpoint to resume from.
 
     Raises:
-        ValueError: if the folder holds another run, a finished one, or an unfinished one without `resume`.
+        ValueError: if the folder holds another run, a finished one, or an unfinished one without
+            `resume`.
     """
-    text = resolved_yaml(recipe)
     file = output / RECIPE_FILE
-    if output.exists() and any(output.iterdir()):
-        if not file.is_file():
-            raise ValueError(
-                f"{output} holds other files and no run; choose another output_dir or empty it."
-            )
-        if file.read_text(encoding="utf-8") != text:
-            raise ValueError(
-                f"{output} already holds a different run (see {file}); choose another output_dir, or remove the folder."
-            )
-        if (output / LOSSES_FILE).is_file():
-            raise ValueError(
-                f"{output} already holds this run, finished; remove the folder to train it again."
-            )
-        if not resume:
-            raise ValueError(
-                f"{output} holds this run unfinished; add --resume to go on, or remove the folder."
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    if not output.exists() or not any(output.iterdir()):
+        return None
+    if not file.is_file():
+        raise ValueError(
+            f"{output} holds other files and no run; choose another output_dir or empty it."
+        )
+    if file.read_text(encoding="utf-8") != resolved_yaml(recipe):
+        raise ValueError(
+            f"{output} already holds a different run (see {file}); choose another output_dir, or "
+            "remove the folder."
+        )
+    if (output / RESULT_FILE).is_file():
+        raise ValueError(
+            f"{output} already holds this run, finished; remove the folder to train it again."
+        )
+    if not resume:
+        raise ValueError(
+            f"{output} holds this run unfinished; add --resume to go on, or remove the folder."
+        )
     steps = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return str(steps[-1]) if resume and steps else None
+    return str(steps[-1]) if steps else None
 
 
-__all__ = ["RunResult", "build_model", "build_processor", "describe", "train"]
+__all__ = [
+    "RunResult",
+    "build_model",
+    "build_processor",
+    "describe",
+    "finished_run",
+    "train",
+]

@@ -1,0 +1,261 @@
+"""`eve quickstart`: a small model from nothing, in three stages, on real pictograms; then it answers.
+
+Runs the four recipes in `recipes/tiny` one after the other (the decoder first learns the language of the
+captions), asks the result about pictures that it has not seen, and writes `report.html`.
+Easy to get wrong: a finished stage is kept, so running it again goes on where it stopped.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from eve_vlm.data.pictograms import attribution, load_pictograms
+from eve_vlm.data.records import Record
+from eve_vlm.data.scene_source import SceneSource, cache_folder
+from eve_vlm.data.scenes import SceneDataset
+from eve_vlm.report import write_report
+from eve_vlm.serve.engine import EveEngine
+from eve_vlm.train.recipe import Recipe, load_recipe
+from eve_vlm.train.run import RunResult, finished_run, train
+
+STAGES = ("0_language", "1_prealign", "2_pretrain", "3_finetune")
+QUESTIONS_PER_FAMILY = 200  # a share of 0.5 is then known to +- 0.07
+SHOWN_PER_FAMILY = 4
+POINTER = "last_quickstart.txt"  # in the cache folder: where the last run is
+FAMILY_TITLES = {
+    "name": "What is this?",
+    "presence": "Is there a ...?",
+    "count": "How many ...?",
+    "position": "Where is the ...?",
+    "corner": "What is top left?",
+    "word": "What does it say?",
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class FamilyScore:
+    """How well one family of questions is answered."""
+
+    family: str
+    accuracy: float
+    """Share of exact answers on held-out pictures of seen concepts."""
+    majority: float
+    """Share that always giving the family's most frequent answer would get on the same questions."""
+    majority_answer: str
+    unseen: float
+    """Share of exact answers on pictures of concepts that training never showed."""
+    questions: int
+
+
+@dataclass(kw_only=True, slots=True)
+class Example:
+    """One held-out question for the contact sheet."""
+
+    picture: Image.Image
+    family: str
+    question: str
+    answer: str
+    truth: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Quickstart:
+    """All that the report shows."""
+
+    seed: int
+    parameters: int
+    image_tokens: int
+    scores: list[FamilyScore] = field(default_factory=list)
+    stages: dict[str, RunResult]
+    examples: list[Example] = field(default_factory=list)
+    credit: str = ""
+    seconds: float = 0.0
+
+
+def run_quickstart(
+    output: Path,
+    *,
+    seed: int = 0,
+    overrides: tuple[str, ...] = (),
+    questions: int = QUESTIONS_PER_FAMILY,
+) -> str:
+    """Trains, evaluates and reports; returns a summary in words.
+
+    Args:
+        output: folder of the run; the model is saved in it, each stage in a folder below.
+        seed: of data, weights and order.
+        overrides: `key=value` for every stage, such as `training.max_steps=2` for a test.
+        questions: held-out questions for each family.
+
+    Raises:
+        ValueError: if the folder holds another run, or an extra is missing.
+    """
+    # The library's own bars and notes on each save would break up ours.
+    transformers_logging.disable_progress_bar()
+    started = time.perf_counter()
+    load_pictograms(cache_folder())  # says at once if an extra is missing
+    recipes = [_stage_recipe(name, output, seed, overrides) for name in STAGES]
+    stages = {}
+    for recipe in recipes:
+        stages[recipe.stage.name] = finished_run(recipe) or train(recipe, resume=True)
+    engine = EveEngine.from_pretrained(recipes[-1].output_dir)
+    result = Quickstart(
+        seed=seed,
+        parameters=engine.model.num_parameters(),
+        image_tokens=_image_tokens(recipes[-1]),
+        stages=stages,
+        credit=attribution(),
+    )
+    _evaluate(engine, recipes[-1], result, questions)
+    result.seconds = time.perf_counter() - started
+    engine.model.save_pretrained(output)
+    engine.processor.save_pretrained(output)
+    write_report(output / "report.html", result)
+    scores = {
+        "seed": seed,
+        "seconds": result.seconds,
+        "scores": [asdict(score) for score in result.scores],
+    }
+    (output / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
+    _remember(output)
+    return _summary(output, result)
+
+
+def last_quickstart_model() -> Path:
+    """The folder of the last quickstart run.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    pointer = cache_folder() / POINTER
+    if pointer.is_file():
+        folder = Path(pointer.read_text(encoding="utf-8").strip())
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(
+        "There is no model yet; run `eve quickstart` first, or name a folder with --model."
+    )
+
+
+def _remember(output: Path) -> None:
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    (cache_folder() / POINTER).write_text(str(output.resolve()), encoding="utf-8")
+
+
+def _stage_recipe(name: str, output: Path, seed: int, overrides: tuple[str, ...]) -> Recipe:
+    """A shipped recipe with its folders below `output`."""
+    folder = name.split("_", 1)[1]
+    ours = [f"output_dir={json.dumps(str(output / folder))}", f"seed={seed}"]
+    if name != STAGES[0]:
+        before = STAGES[STAGES.index(name) - 1].split("_", 1)[1]
+        ours.append(f"model.init_from={json.dumps(str(output / before))}")
+    return load_recipe(f"tiny/{name}", [*ours, *overrides])
+
+
+def _image_tokens(recipe: Recipe) -> int:
+    side = recipe.model.image.longest_edge // (
+        recipe.model.vision.patch_size * recipe.model.vision.merge_size
+    )
+    return 1 + side * (side + 1)
+
+
+def _evaluate(engine: EveEngine, recipe: Recipe, result: Quickstart, questions: int) -> None:
+    """Asks about held-out and unseen scenes of every family of the last stage."""
+    options = dict(recipe.data.sources[0].options)
+    # One question for each picture, so that every answer is judged by itself.
+    settings = {**options.get("settings", {}), "num_turns": 1}
+    families = [family for family in FAMILY_TITLES if family in options["families"]]
+    bar = tqdm(
+        total=2 * len(families) * questions,
+        desc="asking about held-out pictures",
+        dynamic_ncols=True,
+    )
+    for family in families:
+        hits, rows = {}, []
+        for split in ("held_out", "unseen"):
+            scenes = SceneSource.from_options(
+                {"split": split, "size": questions, "families": {family: 1}, "settings": settings},
+                seed=recipe.seed,
+            ).scenes
+            rows = _answers(engine, scenes, bar.update)
+            hits[split] = sum(_same(row.answer, row.truth) for row in rows) / len(rows)
+            if split == "held_out":
+                counted = Counter(row.truth for row in rows)
+                result.examples += rows[:SHOWN_PER_FAMILY]
+        answer, number = counted.most_common(1)[0]
+        result.scores.append(
+            FamilyScore(
+                family=family,
+                accuracy=hits["held_out"],
+                majority=number / questions,
+                majority_answer=answer,
+                unseen=hits["unseen"],
+                questions=questions,
+            )
+        )
+    bar.close()
+
+
+def _answers(
+    engine: EveEngine, scenes: SceneDataset, advance: Callable[[int], object]
+) -> list[Example]:
+    rows: list[Example] = []
+    batch = 50
+    for first in range(0, len(scenes), batch):
+        records = [scenes[index] for index in range(first, min(first + batch, len(scenes)))]
+        answers = engine.generate(
+            [_question(record) for record in records], max_new_tokens=8, batch_size=batch
+        )
+        for record, answer in zip(records, answers, strict=True):
+            rows.append(
+                Example(
+                    picture=record.images[0],
+                    family=record.family,
+                    question=_text(record.messages[0]),
+                    answer=answer,
+                    truth=_text(record.messages[1]),
+                )
+            )
+        advance(len(records))
+    return rows
+
+
+def _question(record: Record) -> list[dict]:
+    """The first user turn, with the open picture in it."""
+    content = [
+        {**part, "image": record.images[0]} if part["type"] == "image" else part
+        for part in record.messages[0]["content"]
+    ]
+    return [{"role": "user", "content": content}]
+
+
+def _text(message: dict) -> str:
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
+
+
+def _same(answer: str, truth: str) -> bool:
+    return answer.strip().lower() == truth.strip().lower()
+
+
+def _summary(output: Path, result: Quickstart) -> str:
+    lines = ["", "family     held-out  majority  unseen concepts"]
+    lines += [
+        f"{score.family:9s} {score.accuracy:9.1%} {score.majority:9.1%} {score.unseen:9.1%}"
+        for score in result.scores
+    ]
+    lines += [
+        "",
+        f"Done in {result.seconds / 60:.1f} minutes. Look at {output / 'report.html'}, then ask:",
+        f'  eve ask PICTURE "What is this?" --model {output}',
+    ]
+    return "\n".join(lines)
+
+
+__all__ = ["Quickstart", "last_quickstart_model", "run_quickstart"]
