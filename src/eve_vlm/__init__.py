@@ -1,7 +1,7 @@
 """EVE, the encoder-free vision-language model: run it, train it, evaluate it.
 
-Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`, `AutoProcessor`,
-`AutoImageProcessor` and `pipeline("image-text-to-text")` know the model.
+Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`,
+`AutoProcessor`, `AutoImageProcessor` and `pipeline("image-text-to-text")` know the model.
 """
 
 from transformers import (
@@ -36,7 +36,8 @@ def register() -> None:
             EveConfig, image_processor_classes={"pil": EveImageProcessor}, exist_ok=True
         )
     except ImportError:
-        # transformers 5.17 asks for torchvision to touch AutoImageProcessor at all; its mapping does not.
+        # transformers 5.17 asks for torchvision to touch AutoImageProcessor at all; its mapping
+        # does not.
         IMAGE_PROCESSOR_MAPPING.register(EveConfig, {"pil": EveImageProcessor}, exist_ok=True)
 
 

@@ -1,17 +1,17 @@
-"""Training with the patch aligning layer: the aligner, its loss, and the model class that carries it.
+"""Training with the patch aligning layer: the aligner, its loss, and the model that carries it.
 
 The aligner reads every `tap_every`-th decoder layer at the picture positions, pools them to the
 teacher's cells, lets the last layer ask the others, and is pulled towards a frozen vision teacher's
 features.  It is dropped at inference: a checkpoint of `EveForPreTraining` loads into
-`EveForConditionalGeneration` as it is.  The teacher itself never enters a model; its features arrive
-as an input.
+`EveForConditionalGeneration` as it is.  The teacher itself never enters a model; its features
+arrive as an input.
 
 Easy to get wrong: the loss is 1 - cosine per picture, averaged over pictures.  The paper calls it a
 mean squared error of normalised vectors; that is the same up to a factor only when summed over
 channels (`docs/differences.md`).
 
-Legend: `N` image tokens, `K` picture tokens without class and row-end tokens, `Z` teacher cells of all
-pictures, `D` decoder width, `W` teacher width, `L` taps, `I` pictures, `s` pool size.
+Legend: `N` image tokens, `K` picture tokens without class and row-end tokens, `Z` teacher cells of
+all pictures, `D` decoder width, `W` teacher width, `L` taps, `I` pictures, `s` pool size.
 """
 
 import torch
@@ -24,7 +24,7 @@ from .patch_embedding_eve import Float32LayerNorm, Float32Linear, PackedGrid, at
 
 
 def tap_indices(num_layers: int, tap_every: int) -> tuple[int, ...]:
-    """Tapped layers, last first: L, L - tap_every, ... down to 0 or above (0 is the embedded input).
+    """Tapped layers, last first: L, L - tap_every, ... down to 0 or above (0 is the input).
 
     >>> tap_indices(32, 4)
     (32, 28, 24, 20, 16, 12, 8, 4, 0)
@@ -43,8 +43,8 @@ def cells_per_image(
 class EvePatchAligner(nn.Module):
     """The patch aligning layer (paper section 3.1): tapped decoder states to the teacher's width.
 
-    Every tap has its own norm and map.  Per cell the last layer's map asks the others' (which are keys and
-    values as they are); what it gets is added to a direct map of the last layer.
+    Every tap has its own norm and map.  Per cell the last layer's map asks the others' (which are
+    keys and values as they are); what it gets is added to a direct map of the last layer.
     """
 
     def __init__(self, config: EveConfig):
@@ -54,7 +54,8 @@ class EvePatchAligner(nn.Module):
         self.taps = tap_indices(config.text_config.num_hidden_layers, alignment.tap_every)
         if len(self.taps) < 2:
             raise ValueError(
-                f"alignment_config.tap_every ({alignment.tap_every}) leaves one tap of {self.taps[0]} decoder layers "
+                f"alignment_config.tap_every ({alignment.tap_every}) leaves one tap of "
+                f"{self.taps[0]} decoder layers "
                 "and nothing to attend to; choose at most the number of layers."
             )
         self.merge_size, self.pool_size = config.vision_config.merge_size, alignment.pool_size
@@ -118,8 +119,10 @@ def alignment_loss(
     """
     if student.shape != teacher.shape or int(cells.sum()) != student.shape[0]:
         raise ValueError(
-            f"The aligner made features of shape {tuple(student.shape)} for {int(cells.sum())} cells but the teacher "
-            f"gave {tuple(teacher.shape)}; teacher views and pictures must come from the same records."
+            f"The aligner made features of shape {tuple(student.shape)} for {int(cells.sum())} "
+            "cells but the teacher "
+            f"gave {tuple(teacher.shape)}; teacher views and pictures must come from the same "
+            "records."
         )
     cosine = F.cosine_similarity(student, teacher.to(student.dtype), dim=-1)  # (Z,)
     owner = torch.repeat_interleave(torch.arange(len(cells), device=cells.device), cells)
@@ -134,7 +137,7 @@ class EveForPreTraining(EveForConditionalGeneration):
     """
 
     # Here the aligner is wanted, so a checkpoint's `aligner.*` is not surplus.
-    _keys_to_ignore_on_load_unexpected = None
+    _keys_to_ignore_on_load_unexpected: list[str] = []
 
     def __init__(self, config: EveConfig):
         if config.alignment_config is None:
@@ -146,42 +149,48 @@ class EveForPreTraining(EveForConditionalGeneration):
         self.alignment_weight = 1.0
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[override]  # the parent's other arguments pass through kwargs
         self,
-        *args,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
         teacher_features: torch.Tensor | None = None,
         num_images_in_batch: torch.Tensor | int | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
         **kwargs,
     ) -> EveCausalLMOutput:
         """Language loss plus alignment loss.
 
         Args:
-            teacher_features: (Z, W), the teacher's cells of all pictures in order; without it (or without
-                pictures) the alignment term is exactly zero, and still touches every aligner weight.
-            num_images_in_batch: pictures in the whole accumulated batch, to divide the summed term by.
+            teacher_features: (Z, W), the teacher's cells of all pictures in order; without it (or
+                without pictures) the alignment term is exactly zero, and still touches every
+                aligner weight.
+            num_images_in_batch: pictures in the whole accumulated batch, to divide the summed term
+                by.
 
         Returns:
             `loss` is lm + weight x alignment; `loss_terms` has both, unweighted.
         """
-        aligning = teacher_features is not None
         output = super().forward(
-            *args,
+            input_ids=input_ids,
+            pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
+            attention_mask=attention_mask,
             labels=labels,
-            image_taps=self.aligner.taps if aligning else None,
+            image_taps=None if teacher_features is None else self.aligner.taps,
             **kwargs,
         )
-        if labels is None:
+        if output.loss is None or output.loss_terms is None:
             return output
-        if aligning and output.image_taps is not None:
+        if output.image_taps is None or teacher_features is None or image_grid_thw is None:
+            # DDP and ZeRO-3 wait for ever for parameters that one rank did not touch.
+            sums = [parameter.sum() for parameter in self.aligner.parameters()]
+            term = 0.0 * torch.stack(sums).sum()
+        else:
             term = self._alignment_term(
                 output.image_taps, teacher_features, image_grid_thw, num_images_in_batch
             )
-        else:
-            # DDP and ZeRO-3 wait for ever for parameters that one rank did not touch.
-            term = 0.0 * sum(parameter.sum() for parameter in self.aligner.parameters())
         output.loss = output.loss + self.alignment_weight * term
         output.loss_terms["alignment"] = term.detach()
         output.image_taps = None

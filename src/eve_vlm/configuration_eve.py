@@ -1,9 +1,11 @@
-"""Configuration of EVE: a decoder's own configuration, the patch embedding's sizes, the aligner's sizes.
+"""Configuration of EVE: the decoder's own, the patch embedding's sizes, the aligner's sizes.
 
-Everything that decides a weight's shape is here, and nothing else: the teacher is not (it belongs to
-training), nor are picture sizes (they belong to the image processor).  Building one touches no file.
-The defaults are the published 7B sizes (paper section 4.1).
+Everything that decides a weight's shape is here, and nothing else: the teacher is not (it belongs
+to training), nor are picture sizes (they belong to the image processor).  Building one touches no
+file. The defaults are the published 7B sizes (paper section 4.1).
 """
+
+from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -12,7 +14,8 @@ class EveVisionConfig(PreTrainedConfig):
     """Sizes of the patch embedding layer.
 
     A picture is cut into patches of `patch_size` pixels; every `merge_size` x `merge_size` cell of
-    patches becomes one token of width `hidden_size`, which the projector takes to the decoder's width.
+    patches becomes one token of width `hidden_size`, which the projector takes to the decoder's
+    width.
     """
 
     model_type = "eve_vision"
@@ -27,14 +30,21 @@ class EveVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        for name in ("patch_size", "merge_size", "num_channels", "hidden_size"):
+        for name in (
+            "patch_size",
+            "merge_size",
+            "num_channels",
+            "hidden_size",
+            "num_attention_heads",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"vision_config.{name} is {getattr(self, name)}; it must be at least 1."
                 )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"vision_config.hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                f"vision_config.hidden_size ({self.hidden_size}) is not a multiple of "
+                "num_attention_heads "
                 f"({self.num_attention_heads}); choose a width that the heads divide."
             )
         super().__post_init__(**kwargs)
@@ -43,8 +53,8 @@ class EveVisionConfig(PreTrainedConfig):
 class EveAlignmentConfig(PreTrainedConfig):
     """Sizes of the patch aligning layer, which exists in training only (paper section 3.1).
 
-    The aligner reads decoder layers L, L - tap_every, ... at the picture positions.  `pool_size` is how
-    many tokens, each way, share one cell of the teacher: 1 at 672 pixels, 2 at 1344.
+    The aligner reads decoder layers L, L - tap_every, ... at the picture positions.  `pool_size` is
+    how many tokens, each way, share one cell of the teacher: 1 at 672 pixels, 2 at 1344.
     """
 
     model_type = "eve_alignment"
@@ -56,14 +66,17 @@ class EveAlignmentConfig(PreTrainedConfig):
     pool_size: int = 1
 
     def __post_init__(self, **kwargs):
-        if self.tap_every < 1 or self.pool_size < 1:
-            raise ValueError(
-                f"alignment_config.tap_every ({self.tap_every}) and pool_size ({self.pool_size}) must be at least 1."
-            )
+        for name in ("teacher_hidden_size", "tap_every", "num_attention_heads", "pool_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"alignment_config.{name} is {getattr(self, name)}; it must be at least 1."
+                )
         if self.teacher_hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"alignment_config.teacher_hidden_size ({self.teacher_hidden_size}) is not a multiple of "
-                f"num_attention_heads ({self.num_attention_heads}); choose a number of heads that divides it."
+                f"alignment_config.teacher_hidden_size ({self.teacher_hidden_size}) is not a "
+                "multiple of "
+                f"num_attention_heads ({self.num_attention_heads}); choose a number of heads that "
+                "divides it."
             )
         super().__post_init__(**kwargs)
 
@@ -72,8 +85,9 @@ class EveConfig(PreTrainedConfig):
     """An encoder-free vision-language model on any decoder-only language model.
 
     `text_config` is the decoder's own configuration (any model type that `AutoModel` knows), never
-    flattened into this one.  `image_token_id` is the placeholder id that the processor repeats once per
-    picture token; it may lie beyond the decoder's vocabulary, as for the published checkpoints, whose
+    flattened into this one.  `image_token_id` is the placeholder id that the processor repeats once
+    per picture token; it may lie beyond the decoder's vocabulary, as for the published checkpoints,
+    whose
     32,000 words have no row for it.  `alignment_config` is only set for training.
     """
 
@@ -84,9 +98,10 @@ class EveConfig(PreTrainedConfig):
         "alignment_config": EveAlignmentConfig,
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    alignment_config: dict | PreTrainedConfig | None = None
+    # Given as dicts or None (a config.json); configuration objects after construction.
+    text_config: Any = None
+    vision_config: Any = None
+    alignment_config: Any = None
     image_token_id: int = 32000
     tie_word_embeddings: bool = False
 
@@ -98,7 +113,8 @@ class EveConfig(PreTrainedConfig):
             self.vision_config = EveVisionConfig(**self.vision_config)
         if isinstance(self.alignment_config, dict):
             self.alignment_config = EveAlignmentConfig(**self.alignment_config)
-        # The library ties weights by the outer flag; the decoder's own flag decides (SmolLM2 is tied).
+        # The library ties weights by the outer flag; the decoder's own flag decides (SmolLM2 is
+        # tied).
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         if self.image_token_id < 0:
             raise ValueError(f"image_token_id is {self.image_token_id}; token ids begin at 0.")
@@ -116,7 +132,8 @@ def _text_config(given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
         model_type = given.pop("model_type", "llama")
         if model_type not in CONFIG_MAPPING:
             raise ValueError(
-                f"text_config.model_type is {model_type!r}, which the installed transformers does not know; "
+                f"text_config.model_type is {model_type!r}, which the installed transformers does "
+                "not know; "
                 "give a decoder-only model type such as 'llama' or 'qwen3'."
             )
         return CONFIG_MAPPING[model_type](**given)

@@ -1,4 +1,4 @@
-"""Published EVE v1 checkpoints to this package's names and files: weights, configuration, tokenizer.
+"""Published EVE v1 checkpoints to this package's names: weights, configuration, tokenizer.
 
 `RENAMES` is the only place where a published weight name stands beside ours.  Easy to get wrong: a
 published checkpoint also holds the teacher, twice; both copies are dropped.
@@ -14,7 +14,8 @@ from .configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
 from .image_processing_eve import EveImageProcessor
 from .processing_eve import VICUNA_CHAT_TEMPLATE
 
-# (published, ours); the longest published prefix that fits wins, and a name that none fits is an error.
+# (published, ours); the longest published prefix that fits wins, and a name that none fits is an
+# error.
 RENAMES: tuple[tuple[str, str], ...] = (
     ("lm_head.", "lm_head."),
     ("model.embed_tokens.", "model.language_model.embed_tokens."),
@@ -67,7 +68,8 @@ def rename_weight(published: str) -> str | None:
     rules = [rule for rule in RENAMES if published.startswith(rule[0])]
     if not rules:
         raise ValueError(
-            f"The weight {published!r} is not one that a published EVE v1 checkpoint holds; check that the file is one."
+            f"The weight {published!r} is not one that a published EVE v1 checkpoint holds; check "
+            "that the file is one."
         )
     prefix, ours = max(rules, key=lambda rule: len(rule[0]))
     return ours + published.removeprefix(prefix)
@@ -76,7 +78,7 @@ def rename_weight(published: str) -> str | None:
 def convert_state_dict(
     published: Mapping[str, torch.Tensor], *, aligner: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Renames published weights to ours, without copying them; with `aligner`, keeps the aligner's too."""
+    """Renames published weights without copying; with `aligner`, keeps the aligner's too."""
     converted = {}
     for name, weight in published.items():
         ours = rename_weight(name)
@@ -85,8 +87,8 @@ def convert_state_dict(
     return converted
 
 
-# Settings of the flat published configuration that belong to training or to the picture side, not to
-# the decoder; everything else there is the decoder's.
+# Settings of the flat published configuration that belong to training or to the picture side, not
+# to the decoder; everything else there is the decoder's.
 _NOT_OF_DECODER = (
     "architectures",
     "image_aspect_ratio",
@@ -152,8 +154,8 @@ def image_processor_from_published(preprocessor: Mapping) -> EveImageProcessor:
 def tokenizer_from_published(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a published checkpoint with `<image>` added behind its vocabulary.
 
-    Read from `tokenizer.json` by the plain fast class: `AutoTokenizer` of transformers 5.23 gives other
-    ids for pieces that begin with a blank (`goldens/README.md`).
+    Read from `tokenizer.json` by the plain fast class: `AutoTokenizer` of transformers 5.23 gives
+    other ids for pieces that begin with a blank (seen).
     """
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():

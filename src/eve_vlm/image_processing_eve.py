@@ -1,15 +1,15 @@
 """Pictures to packed patches: geometry, resizing, cutting.  The only place that knows them.
 
-A picture keeps its aspect ratio: its longer side becomes `longest_edge` pixels, its shorter side the
-nearest multiple of `size_multiple` above, so it is stretched by less than one multiple.  What leaves
-here is one row per patch of all pictures behind each other, and a grid per picture; there is no canvas
-and no mask.  Easy to get wrong: the patches of one merge cell are neighbours in the packed order, so
-row k of `pixel_values` is not the k-th patch in reading order.
+A picture keeps its aspect ratio: its longer side becomes `longest_edge` pixels, its shorter side
+the nearest multiple of `size_multiple` above, so it is stretched by less than one multiple.  What
+leaves here is one row per patch of all pictures behind each other, and a grid per picture; there is
+no canvas and no mask.  Easy to get wrong: the patches of one merge cell are neighbours in the
+packed order, so row k of `pixel_values` is not the k-th patch in reading order.
 
 Legend: `P` patches, `p` patch size in pixels, `m` merge size, `R` x `C` rows and columns of tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -46,8 +46,8 @@ def eve_grid(
 ) -> EveGrid:
     """Returns the resized size and the token grid of a picture of `height` x `width` pixels.
 
-    All in integers, so it is the same on every machine; equal to the published floating-point formula
-    (`goldens/preprocess`).  Rows and columns of patches that do not fill a merge cell are dropped.
+    All in integers, so it is the same on every machine, and equal to the published floating-point
+    formula.  Rows and columns of patches that do not fill a merge cell are dropped.
 
     >>> eve_grid(480, 640, longest_edge=672, size_multiple=28)
     EveGrid(height=504, width=672, rows=18, cols=24)
@@ -65,7 +65,8 @@ def eve_grid(
         or size_multiple < patch_size * merge_size
     ):
         raise ValueError(
-            f"longest_edge ({longest_edge}) must be a multiple of size_multiple ({size_multiple}), and that a "
+            f"longest_edge ({longest_edge}) must be a multiple of size_multiple "
+            f"({size_multiple}), and that a "
             f"multiple of patch_size ({patch_size}) of at least {patch_size * merge_size} pixels."
         )
     units = longest_edge // size_multiple
@@ -76,8 +77,10 @@ def eve_grid(
     return EveGrid(new_height, new_width, new_height // cell, new_width // cell)
 
 
-def num_image_tokens(rows: int, cols: int) -> int:
+def num_image_tokens(rows: Any, cols: Any) -> Any:
     """Tokens of one picture: the class token, and every row of cells with its row-end token.
+
+    Works on integers and, picture by picture, on integer tensors.
 
     >>> num_image_tokens(18, 24)
     451
@@ -98,19 +101,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError(
-            "A picture of floating-point pixels has no known range; convert it to 8 or 16 bits before giving it."
+            "A picture of floating-point pixels has no known range; convert it to 8 or 16 bits "
+            "before giving it."
         )
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize_picture(
-    image: Image.Image, height: int, width: int, resample: int = PILImageResampling.BICUBIC
+    image: Image.Image, height: int, width: int, resample: int | None = PILImageResampling.BICUBIC
 ) -> np.ndarray:
-    """Resizes an RGB picture to (height, width, 3) 8-bit pixels, the same bytes with every Pillow >= 10.
+    """Resizes an RGB picture to (height, width, 3) 8-bit pixels, alike with every Pillow >= 10.
 
-    Pillow 13 passes over some tall pictures in the other order, which changes values by up to 12 of 255;
-    two explicit steps, width first, fix the order (`goldens/preprocess/README.md`).  It costs nothing:
-    the library makes the same two passes inside.
+    Pillow 13 passes over some tall pictures in the other order, which changes values by up to 12 of
+    255; two explicit steps, width first, fix the order (`tests/test_goldens.py`).  It costs
+    nothing: the library makes the same two passes inside.
     """
     image = image.resize((width, image.height), resample).resize((width, height), resample)
     return np.asarray(image)
@@ -119,7 +123,7 @@ def resize_picture(
 def cut_patches(
     pixels: np.ndarray, *, patch_size: int, merge_size: int
 ) -> tuple[np.ndarray, int, int]:
-    """Cuts (height, width, 3) pixels into packed patches (P, 3, p, p), and counts patch rows and columns.
+    """Cuts (height, width, 3) pixels into packed patches (P, 3, p, p), patch rows and columns.
 
     Order: cells in reading order, inside a cell its m x m patches in reading order.
     """
@@ -131,7 +135,7 @@ def cut_patches(
     return patches.reshape(-1, 3, patch_size, patch_size), rows * merge_size, cols * merge_size
 
 
-class EveImageProcessorKwargs(ImagesKwargs, total=False):
+class EveImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Settings of `EveImageProcessor` beyond the library's own.
 
     patch_size: side of a patch in pixels.
@@ -148,9 +152,10 @@ class EveImageProcessor(PilBackend):
     """Pictures of any size to `pixel_values` and `image_grid_thw`.
 
     Returns, for pictures in the order given:
-        pixel_values: (P, 3 * p * p) float32, the patches of all pictures; inside a patch channel, y, x.
-        image_grid_thw: (pictures, 3) int64, 1 and the patch rows and columns of each; the product of a
-            row is that picture's number of rows in `pixel_values`.
+        pixel_values: (P, 3 * p * p) float32, the patches of all pictures; inside a patch channel,
+            y, x.
+        image_grid_thw: (pictures, 3) int64, 1 and the patch rows and columns of each; the product
+            of a row is that picture's number of rows in `pixel_values`.
     """
 
     do_resize = True
@@ -202,13 +207,14 @@ class EveImageProcessor(PilBackend):
         return resize_picture(image, grid.height, grid.width, self.resample)
 
     def process_image(self, image: ImageInput, **kwargs) -> np.ndarray:
-        """Brings one input (picture, or 8-bit array of three channels, either order) to (H, W, 3) pixels."""
+        """Brings one picture or 8-bit array, channels first or last, to (H, W, 3) pixels."""
         if isinstance(image, Image.Image):
             return np.asarray(to_rgb(image))
         pixels = np.asarray(image)
         if pixels.dtype != np.uint8:
             raise ValueError(
-                f"A picture came as an array of {pixels.dtype}, whose range is unknown; give a PIL picture or "
+                f"A picture came as an array of {pixels.dtype}, whose range is unknown; give a "
+                "PIL picture or "
                 "8-bit values from 0 to 255."
             )
         if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4) and pixels.shape[2] not in (1, 3, 4):
@@ -222,7 +228,7 @@ class EveImageProcessor(PilBackend):
         images: list[np.ndarray],
         do_resize: bool,
         size: SizeDict,
-        resample: "PILImageResampling | int | None",
+        resample: int | None,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
@@ -242,23 +248,26 @@ class EveImageProcessor(PilBackend):
                 scale / np.asarray(image_std),
                 -np.asarray(image_mean) / np.asarray(image_std),
             )
-        scale = scale.astype(np.float32).reshape(3, 1, 1)
-        shift = shift.astype(np.float32).reshape(3, 1, 1)
+        factor = scale.astype(np.float32).reshape(3, 1, 1)
+        offset = shift.astype(np.float32).reshape(3, 1, 1)
 
         packed, grids = [], []
         for pixels in images:
             if do_resize:
-                grid = self._grid(*pixels.shape[:2], size, size_multiple, patch_size, merge_size)
+                grid = self._grid(
+                    pixels.shape[0], pixels.shape[1], size, size_multiple, patch_size, merge_size
+                )
                 pixels = resize_picture(Image.fromarray(pixels), grid.height, grid.width, resample)
             elif pixels.shape[0] % (patch_size * merge_size) or pixels.shape[1] % (
                 patch_size * merge_size
             ):
                 raise ValueError(
-                    f"A picture of {pixels.shape[1]} x {pixels.shape[0]} pixels with do_resize=False must have sides "
+                    f"A picture of {pixels.shape[1]} x {pixels.shape[0]} pixels with "
+                    "do_resize=False must have sides "
                     f"that are multiples of {patch_size * merge_size}; leave do_resize on."
                 )
             patches, rows, cols = cut_patches(pixels, patch_size=patch_size, merge_size=merge_size)
-            packed.append((patches * scale + shift).reshape(len(patches), -1))
+            packed.append((patches * factor + offset).reshape(len(patches), -1))
             grids.append((1, rows, cols))
         data = {
             "pixel_values": np.concatenate(packed),

@@ -1,7 +1,7 @@
 """Loads and checks model folders: every load says which weights were missing or surplus, or fails.
 
-Easy to get wrong: the library fills missing weights with random numbers and drops surplus ones with a
-warning at most; here both are errors that list them, save for those a caller allows by name.
+Easy to get wrong: the library fills missing weights with random numbers and drops surplus ones with
+a warning at most; here both are errors that list them, save for those a caller allows by name.
 """
 
 import re
@@ -37,7 +37,8 @@ def check_loaded(
         if bad:
             more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
             raise ValueError(
-                f"The checkpoint {folder} {kind} {len(bad)} weights ({', '.join(bad[:SHOWN])}{more}); it belongs to "
+                f"The checkpoint {folder} {kind} {len(bad)} weights "
+                f"({', '.join(bad[:SHOWN])}{more}); it belongs to "
                 "another model or was saved in part, so save it again with save_pretrained."
             )
 
@@ -51,12 +52,14 @@ def require_model_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds no model (no config.json); name a folder that training or save_pretrained wrote."
+            f"{folder} holds no model (no config.json); name a folder that training or "
+            "save_pretrained wrote."
         )
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, EveConfig):
         raise ValueError(
-            f"{folder} holds a model of type {config.model_type!r}, not an EVE model; name another folder."
+            f"{folder} holds a model of type {config.model_type!r}, not an EVE model; name "
+            "another folder."
         )
     return folder
 
@@ -69,7 +72,7 @@ def load_model(
     attn_implementation: str = "sdpa",
     new: Iterable[str] = (),
 ) -> EveForConditionalGeneration:
-    """Loads a saved model; with `config.alignment_config` given, the training class with the aligner.
+    """Loads a saved model; with `config.alignment_config`, the training class with the aligner.
 
     Args:
         folder: what `save_pretrained` wrote.

@@ -1,8 +1,8 @@
 """The model: patch embedding, projector, and any decoder of the library behind them.
 
 A forward pass:
-  1. `EvePatchEmbedding` and the projector turn the packed patches of all pictures into tokens of the
-     decoder's width (`patch_embedding_eve.py`);
+  1. `EvePatchEmbedding` and the projector turn the packed patches of all pictures into tokens of
+     the decoder's width (`patch_embedding_eve.py`);
   2. they replace the image placeholders among the embedded words, in order;
   3. the decoder, an unchanged `AutoModel`, does the rest;
   4. the language head runs where it is needed: in training where there is a label, in generation on
@@ -25,7 +25,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from .configuration_eve import EveConfig
-from .patch_embedding_eve import EvePatchEmbedding, EvePreTrainedModel, EveProjector
+from .layer_taps_eve import LayerTaps
+from .patch_embedding_eve import (
+    EvePatchEmbedding,
+    EvePreTrainedModel,
+    EveProjector,
+    tokens_of_pictures,
+)
 
 
 @dataclass
@@ -33,7 +39,8 @@ class EveModelOutput(ModelOutput):
     """What `EveModel` returns.
 
     last_hidden_state: (B, T, D), after the final norm.
-    image_taps: the tapped layers' states at picture positions only, each (N, D); None unless asked for.
+    image_taps: the tapped layers' states at picture positions only, each (N, D); None unless asked
+        for.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -50,7 +57,8 @@ class EveCausalLMOutput(ModelOutput):
 
     loss: scalar, when labels were given.
     loss_terms: the loss by name, unweighted (`lm`, and `alignment` in pre-training).
-    logits: (B, kept positions, vocabulary); None in training, where the head runs only where labels are.
+    logits: (B, kept positions, vocabulary); None in training, where the head runs only where labels
+        are.
     image_taps: see `EveModelOutput`.
     """
 
@@ -88,11 +96,11 @@ class EveModel(EvePreTrainedModel):
         """Pictures as the decoder sees them.
 
         Returns:
-            `last_hidden_state` (N, D) packed, and `pooler_output`, a tuple with (tokens of picture i, D) each.
+            `last_hidden_state` (N, D) packed, and `pooler_output`, a tuple with (tokens of picture
+            i, D) each.
         """
         tokens = self.multi_modal_projector(self.vision_tower(pixel_values, image_grid_thw))
-        merge = self.config.vision_config.merge_size
-        sizes = 1 + image_grid_thw[:, 1] // merge * (image_grid_thw[:, 2] // merge + 1)
+        sizes = tokens_of_pictures(image_grid_thw, self.config.vision_config.merge_size)
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens, pooler_output=torch.split(tokens, sizes.tolist())
         )
@@ -111,7 +119,8 @@ class EveModel(EvePreTrainedModel):
         if input_ids is None:
             if self.config.image_token_id >= self.config.text_config.vocab_size:
                 raise ValueError(
-                    f"The image placeholder {self.config.image_token_id} has no embedding to be found by; give "
+                    f"The image placeholder {self.config.image_token_id} has no embedding to be "
+                    "found by; give "
                     "input_ids, or inputs_embeds with the pictures already in them."
                 )
             placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -121,7 +130,8 @@ class EveModel(EvePreTrainedModel):
         found = int(mask.sum())
         if found != image_features.shape[0]:
             raise ValueError(
-                f"The text holds {found} image placeholders but the pictures make {image_features.shape[0]} tokens; "
+                f"The text holds {found} image placeholders but the pictures make "
+                f"{image_features.shape[0]} tokens; "
                 "let EveProcessor make text and pictures together, and do not cut its output."
             )
         return mask
@@ -134,31 +144,34 @@ class EveModel(EvePreTrainedModel):
         image_grid_thw: torch.Tensor | None,
         mm_encoder_outputs: dict[str, Any] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Words with pictures put in: (B, T, D), the placeholder mask, and the picture tokens (N, D)."""
+        """Words with pictures put in (B, T, D), the placeholder mask, picture tokens (N, D)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            # The placeholder may have no row in the embedding; whatever stands there is overwritten.
+        if (pixel_values is None) != (image_grid_thw is None):
+            raise ValueError("Give pixel_values and image_grid_thw together, or neither of them.")
+        embeds: Any = inputs_embeds
+        if input_ids is not None:
+            # The placeholder may have no row in the embedding; what stands there is overwritten.
             words = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
-            inputs_embeds = self.get_input_embeddings()(words)
+            embeds = self.get_input_embeddings()(words)
         features = None
         if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
             features = torch.cat(list(mm_encoder_outputs["image"].pooler_output))
-        elif pixel_values is not None:
+        elif pixel_values is not None and image_grid_thw is not None:
             features = self.get_image_features(pixel_values, image_grid_thw).last_hidden_state
         if features is None:
-            if self.training:
-                inputs_embeds = inputs_embeds + self._untouched_patch_embedding()
-            return inputs_embeds, None, None
-        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, features)
-        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features), mask, features
+            zero = self._untouched_patch_embedding() if self.training else None
+            return embeds if zero is None else embeds + zero, None, None
+        features = features.to(embeds.device, embeds.dtype)
+        mask = self.get_placeholder_mask(input_ids, embeds, features)
+        return embeds.masked_scatter(mask.unsqueeze(-1), features), mask, features
 
     def _untouched_patch_embedding(self) -> torch.Tensor:
         """Exactly zero, but through every patch embedding weight.
 
-        A text-only batch would otherwise leave them out of one rank's backward pass, and the collectives of
-        DDP and ZeRO-3 wait for ever (QwenLM/Qwen3-VL#126).  One blank cell is the cheapest picture.
+        A text-only batch would otherwise leave them out of one rank's backward pass, and the
+        collectives of DDP and ZeRO-3 wait for ever (QwenLM/Qwen3-VL#126).  One blank cell is the
+        cheapest picture.
         """
         vision, device = self.config.vision_config, self.vision_tower.class_embedding.device
         pixels = torch.zeros(
@@ -185,16 +198,21 @@ class EveModel(EvePreTrainedModel):
 
         Args:
             input_ids: (B, T), with one image placeholder per picture token.
-            pixel_values, image_grid_thw: all pictures of the batch, packed in the order of their placeholders.
+            pixel_values, image_grid_thw: all pictures of the batch, packed in the order of their
+                placeholders.
             attention_mask: (B, T), or None for packed documents with restarting `position_ids`.
             mm_encoder_outputs: `{"image": ...}` from `get_image_features`, instead of pixels.
-            image_taps: layers whose states at picture positions are returned (0 is the embedded input, the
-                number of layers is the last state after the final norm).
+            image_taps: layers whose states at picture positions are returned (0 is the embedded
+                input, the number of layers is the last state after the final norm).
         """
         inputs_embeds, mask, features = self._embed(
             input_ids, inputs_embeds, pixel_values, image_grid_thw, mm_encoder_outputs
         )
-        taps = _LayerTaps(self.language_model, image_taps if mask is not None else None)
+        beginning = past_key_values is None or past_key_values.get_seq_length() == 0
+        if features is None and input_ids is not None and beginning:
+            # Later steps of generation have their pictures in the cache, and no time to count.
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds[0, :0])
+        taps = LayerTaps(self.language_model, image_taps if mask is not None else None)
         with taps:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
@@ -211,46 +229,6 @@ class EveModel(EvePreTrainedModel):
             image_hidden_states=features,
             image_taps=taps.at(mask, inputs_embeds, outputs.last_hidden_state),
         )
-
-
-class _LayerTaps:
-    """Reads some decoder layers' outputs during one forward pass and keeps their picture positions.
-
-    Hooks only remember the tensors; they are cut down after the pass, because an operation inside a hook
-    would run again when gradient checkpointing recomputes the layer (transformers 5.17 runs hooks inside
-    the checkpoint, 5.23 outside).  In training autograd holds the same tensors anyway.
-    """
-
-    def __init__(self, decoder: nn.Module, taps: tuple[int, ...] | None):
-        self.decoder, self.taps = decoder, taps
-        self.outputs: dict[int, torch.Tensor] = {}
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> None:
-        for tap in self.taps or ():
-            if 0 < tap < len(self.decoder.layers):
-                self.handles.append(
-                    self.decoder.layers[tap - 1].register_forward_hook(self._keep(tap))
-                )
-
-    def _keep(self, tap: int):
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-            self.outputs[tap] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def at(
-        self, mask: torch.Tensor | None, first: torch.Tensor, last: torch.Tensor
-    ) -> tuple[torch.Tensor, ...] | None:
-        """The tapped states at `mask`, each (N, D), in the order asked for."""
-        if self.taps is None or mask is None:
-            return None
-        self.outputs |= {0: first, len(self.decoder.layers): last}
-        return tuple(self.outputs[tap][mask] for tap in self.taps)
 
 
 class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
@@ -281,7 +259,7 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
         """The language head."""
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replaces the language head."""
         self.lm_head = value
 
@@ -309,13 +287,14 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
         """See `EveModel.forward`.
 
         Args:
-            labels: (B, T), -100 where nothing is to be learnt.  With labels no logits are returned in
-                training mode: the head then runs only at the positions that have a label.
-            logits_to_keep: number of last positions, or positions, to compute logits for; 0 means all.
+            labels: (B, T), -100 where nothing is to be learnt.  With labels no logits are returned
+                in training mode: the head then runs only at the positions that have a label.
+            logits_to_keep: number of last positions, or positions, to compute logits for; 0 means
+                all.
             num_items_in_batch: labels in the whole accumulated batch, to divide the summed loss by.
         """
         if labels is not None:
-            # A cache would make packed documents see each other, silently (house 4.6.5).
+            # A cache would make packed documents see each other, silently.
             kwargs["use_cache"] = False
         outputs = self.model(
             input_ids=input_ids,
@@ -367,7 +346,7 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs
     ) -> dict[str, Any]:
-        """The library's inputs, with the pictures in the first step only: later they are in the cache."""
+        """The library's inputs; pictures in the first step only, later they are in the cache."""
         first = kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
@@ -382,13 +361,11 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
     ):
         """Repeats pictures sample by sample for beams and several answers.
 
-        The library repeats each row of packed pixels next to itself, which keeps every count right and
-        every picture wrong (6 of 9 sequences; integration.md 1).
+        The library repeats each row of packed pixels next to itself, which keeps every count right
+        and every picture wrong (seen: 6 of 9 sequences).
         """
-        pixels, grids = (
-            model_kwargs.pop("pixel_values", None),
-            model_kwargs.pop("image_grid_thw", None),
-        )
+        pixels = model_kwargs.pop("pixel_values", None)
+        grids = model_kwargs.pop("image_grid_thw", None)
         if expand_size > 1 and pixels is not None:
             owner = _sample_of_picture(input_ids, grids, self.config)
             counts = torch.bincount(owner, minlength=input_ids.shape[0]).tolist()
@@ -415,15 +392,10 @@ def _sample_of_picture(
     input_ids: torch.Tensor, image_grid_thw: torch.Tensor, config: EveConfig
 ) -> torch.Tensor:
     """Which sample of the batch each picture belongs to, (I,), found by counting placeholders."""
-    merge = config.vision_config.merge_size
-    tokens = 1 + image_grid_thw[:, 1] // merge * (image_grid_thw[:, 2] // merge + 1)
-    ends = (
-        (input_ids == config.image_token_id).sum(1).cumsum(0)
-    )  # placeholders up to and with each sample
+    tokens = tokens_of_pictures(image_grid_thw, config.vision_config.merge_size)
+    # Placeholders up to and with each sample, (B,).
+    ends = (input_ids == config.image_token_id).sum(1).cumsum(0)
     return torch.searchsorted(ends, tokens.cumsum(0).to(ends.device))
 
 
-__all__ = [
-    "EveForConditionalGeneration",
-    "EveModel",
-]
+__all__ = ["EveForConditionalGeneration", "EveModel"]

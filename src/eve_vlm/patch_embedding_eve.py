@@ -1,14 +1,15 @@
 """The patch embedding layer and its projector: packed patches to tokens of the decoder's width.
 
-For each picture: the class token, then every row of cells with its row-end token.  There is no loop over
-pictures, rows or patches, and pictures of any mix of sizes share one pass.
+For each picture: the class token, then every row of cells with its row-end token.  There is no loop
+over pictures, rows or patches, and pictures of any mix of sizes share one pass.
 
 Easy to get wrong: the attention scale is hidden_size ** -0.5 of the full width, not of a head; the
-published weights were trained so (paper-facts 1.1).  Everything here is computed in float32 even when
-the weights are half precision: encoder-free models overflow there (lmdeploy#2727, llama.cpp#24146).
+published weights were trained so (published code).  Everything here is computed in float32 even
+when the weights are half precision: encoder-free models overflow there (lmdeploy#2727,
+llama.cpp#24146).
 
-Legend: `P` patches, `K` cells (tokens before class and row-end tokens), `N` image tokens, `I` pictures,
-`C` patch embedding width, `D` decoder width, `H` heads, `m` merge size, `p` patch size.
+Legend: `P` patches, `K` cells (tokens before class and row-end tokens), `N` image tokens, `I`
+pictures, `C` patch embedding width, `D` decoder width, `H` heads, `m` merge size, `p` patch size.
 """
 
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_eve import EveConfig, EveVisionConfig
+from .image_processing_eve import num_image_tokens
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Half-precision tensors as float32, others as they are (float64 stays, for gradient checks)."""
+    """Half-precision tensors as float32, others as they are (float64 for gradient checks)."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -46,12 +48,17 @@ class Float32LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.to(weight.dtype), self.normalized_shape, weight, bias, self.eps)
 
 
+def tokens_of_pictures(image_grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
+    """Tokens of each picture, (I,), from its patch grid (I, 3)."""
+    return num_image_tokens(image_grid_thw[:, 1] // merge_size, image_grid_thw[:, 2] // merge_size)
+
+
 @dataclass
 class PackedGrid:
-    """Where every token of every picture lies in the packed row; made once per batch, without a loop.
+    """Where every token of every picture lies in the packed row; made without a loop.
 
-    `cols` and `image_of_cell` are per cell; `class_position` is per picture, `cell_position` per cell.
-    A position that neither names is a row-end token.
+    `cols` and `image_of_cell` are per cell; `class_position` is per picture, `cell_position` per
+    cell. A position that neither names is a row-end token.
     """
 
     rows: torch.Tensor  # (I,)
@@ -64,11 +71,11 @@ class PackedGrid:
 
     @classmethod
     def from_grid_thw(cls, image_grid_thw: torch.Tensor, merge_size: int) -> "PackedGrid":
-        """Reads (I, 3) patch grids; `repeat_interleave` and `cumsum` do what a loop over pictures would."""
+        """Reads (I, 3) patch grids; `repeat_interleave` and `cumsum` stand in for a loop."""
         rows = image_grid_thw[:, 1] // merge_size
         cols = image_grid_thw[:, 2] // merge_size
         cells = rows * cols
-        tokens = 1 + rows * (cols + 1)
+        tokens = tokens_of_pictures(image_grid_thw, merge_size)
         class_position = tokens.cumsum(0) - tokens
         image_of_cell = torch.repeat_interleave(
             torch.arange(len(cells), device=cells.device), cells
@@ -131,12 +138,13 @@ class EveClassAttention(EvePooledAttention):
     def forward(
         self, class_embedding: torch.Tensor, cells: torch.Tensor, grid: PackedGrid
     ) -> torch.Tensor:
-        """(C,) and (K, C) to (I, C); softmax over segments, so pictures of any size share one pass."""
+        """(C,) and (K, C) to (I, C); a softmax over segments, one for each picture."""
         num_images, owner = len(grid.rows), grid.image_of_cell
         key, value = self.keys_values(cells)  # (K, H, C/H)
         scores = (self.queries(class_embedding) * key).sum(-1)  # (K, H)
         index = owner.unsqueeze(1).expand_as(scores)
-        # The largest score of a picture only keeps exp() in range; it cancels, so it needs no gradient.
+        # The largest score of a picture only keeps exp() in range; it cancels, so it needs no
+        # gradient.
         top = scores.new_full((num_images, scores.shape[1]), -torch.inf)
         top = top.scatter_reduce(0, index, scores.detach(), "amax")
         weights = (scores - top[owner]).exp()  # (K, H)
@@ -192,7 +200,8 @@ class EvePreTrainedModel(PreTrainedModel):
 class EvePatchEmbedding(EvePreTrainedModel):
     """The patch embedding layer before its projector: packed patches to packed tokens.
 
-    There is no loop over pictures, rows or patches, and pictures of any mix of sizes share one pass.
+    There is no loop over pictures, rows or patches, and pictures of any mix of sizes share one
+    pass.
     """
 
     config_class = EveVisionConfig
@@ -225,13 +234,15 @@ class EvePatchEmbedding(EvePreTrainedModel):
             (N, C) float32; picture i takes 1 + rows_i * (cols_i + 1) rows.
 
         Raises:
-            ValueError: if the patches do not have the model's size, or are not as many as the grids say.
+            ValueError: if the patches do not have the model's size, or are not as many as the grids
+                say.
         """
         self._check(pixel_values, image_grid_thw)
         grid = PackedGrid.from_grid_thw(image_grid_thw, self.config.merge_size)
         with torch.autocast(pixel_values.device.type, enabled=False):
-            # Stride equals kernel, so the convolution is one matrix product over the packed patches (and a
-            # third as far from the float64 value as torch's convolution: 1.3e-6 against 3.9e-6).
+            # Stride equals kernel, so the convolution is one matrix product over the packed patches
+            # (and a third as far from the float64 value as torch's convolution: 1.3e-6 against
+            # 3.9e-6).
             weight = at_least_float32(self.patch_projection.weight).flatten(1)  # (C, 3*p*p)
             patches = F.linear(pixel_values.to(weight.dtype), weight)  # (P, C)
             cells = self.merge_attention(
@@ -246,13 +257,16 @@ class EvePatchEmbedding(EvePreTrainedModel):
         per_patch = self.config.num_channels * self.config.patch_size**2
         if pixel_values.ndim != 2 or pixel_values.shape[1] != per_patch:
             raise ValueError(
-                f"pixel_values has the shape {tuple(pixel_values.shape)} but this model takes (patches, {per_patch}) "
-                f"for patches of {self.config.patch_size} pixels; make it with the model's own image processor."
+                f"pixel_values has the shape {tuple(pixel_values.shape)} but this model takes "
+                f"(patches, {per_patch}) "
+                f"for patches of {self.config.patch_size} pixels; make it with the model's own "
+                "image processor."
             )
         expected = int(image_grid_thw.prod(-1).sum())
         if pixel_values.shape[0] != expected:
             raise ValueError(
-                f"pixel_values holds {pixel_values.shape[0]} patches but image_grid_thw speaks of {expected}; "
+                f"pixel_values holds {pixel_values.shape[0]} patches but image_grid_thw speaks of "
+                f"{expected}; "
                 "pass both as they came from one call of the image processor."
             )
 

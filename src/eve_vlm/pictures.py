@@ -1,7 +1,7 @@
-"""Opens picture files from people: whatever is wrong with one is said in a sentence, never a traceback.
+"""Opens picture files from people; whatever is wrong with one is said in a sentence.
 
-Easy to get wrong: Pillow opens lazily, so a truncated file fails only when its pixels are read, and a
-tiny file can announce billions of pixels; both are settled here, once.
+Easy to get wrong: Pillow opens lazily, so a truncated file fails only when its pixels are read, and
+a tiny file can announce billions of pixels; both are settled here, once.
 """
 
 from pathlib import Path
@@ -32,7 +32,8 @@ def open_picture(path: str | Path) -> Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(
-                    f"{path} has {width} x {height} pixels, more than {MAX_PIXELS:,} in all; make it smaller first."
+                    f"{path} has {width} x {height} pixels, more than {MAX_PIXELS:,} in all; make "
+                    "it smaller first."
                 )
             if width * height == 0:
                 raise ValueError(
@@ -42,7 +43,8 @@ def open_picture(path: str | Path) -> Image.Image:
             return to_rgb(image)
     except UnidentifiedImageError:
         raise ValueError(
-            f"{path} is not a picture that Pillow can read; give a PNG, JPEG, WebP, GIF, BMP or TIFF file."
+            f"{path} is not a picture that Pillow can read; give a PNG, JPEG, WebP, GIF, BMP or "
+            "TIFF file."
         ) from None
     except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}); get the file again.") from None

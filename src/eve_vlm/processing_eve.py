@@ -1,16 +1,17 @@
 """Text and pictures to model inputs: the one place that decides how many tokens a picture takes.
 
-All orchestration (expansion of placeholders, chat templates, pictures by path or URL) is the library's;
-this class only says what one `<image>` becomes.  Easy to get wrong: the class token and the row-end
-tokens are made by the patch embedding, so they are image placeholders too, not words.
+All orchestration (expansion of placeholders, chat templates, pictures by path or URL) is the
+library's; this class only says what one `<image>` becomes.  Easy to get wrong: the class token and
+the row-end tokens are made by the patch embedding, so they are image placeholders too, not words.
 """
 
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .image_processing_eve import num_image_tokens
 
-# The published conversation form (paper-facts section 7): a system sentence, "USER: q ASSISTANT: a</s>".
-# The answer's span begins at the blank before it, because that blank is part of its first token.
+# The published conversation form (template v1): a system sentence, "USER: q ASSISTANT: a</s>".
+# An answer begins at the blank before it, because that blank is part of its first token.
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -36,7 +37,7 @@ _TURNS = (
 
 
 def _chat_template(system: str) -> str:
-    """The turns above behind a system sentence, which a first message of the role `system` replaces."""
+    """The turns above behind a system sentence; a first `system` message replaces it."""
     first = "{%- if messages and messages[0]['role'] == 'system' -%}"
     system_text = "{%- set system = messages[0]['content'] if messages[0]['content'] is string "
     system_text += "else messages[0]['content'][0]['text'] -%}"
@@ -55,13 +56,13 @@ PLAIN_CHAT_TEMPLATE = _chat_template("")
 
 
 class EveProcessor(ProcessorMixin):
-    """Tokenizer and image processor together; call it with `text` and `images`, or by chat template.
+    """Tokenizer and image processor together; call it with texts and pictures, or messages.
 
     Each `image_token` in a text becomes 1 + rows * (cols + 1) of them, by the picture's own grid.
 
     Raises:
-        ValueError: if the tokenizer does not know `image_token` as one single token, or the placeholders
-            in the texts and the pictures differ in number.
+        ValueError: if the tokenizer does not know `image_token` as one single token, or the
+            placeholders in the texts and the pictures differ in number.
     """
 
     def __init__(
@@ -84,6 +85,22 @@ class EveProcessor(ProcessorMixin):
             chat_template = tokenizer.chat_template
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        """Counts marks and pictures, which transformers 5.17 does not.
+
+        Raises:
+            ValueError: with both numbers, if they differ.
+        """
+        if text is not None:
+            marks = sum(one.count(self.image_token) for one in text)
+            given = 0 if images is None else len(make_flat_list_of_images(images))
+            if marks != given:
+                raise ValueError(
+                    f"The text has {marks} {self.image_token} marks but {given} pictures were "
+                    "given; give one mark for each picture."
+                )
+        super().validate_inputs(images=images, text=text, **kwargs)
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The text that stands for picture `image_idx` of `image_inputs`."""
         _, rows, cols = (int(count) for count in image_inputs["image_grid_thw"][image_idx])
@@ -93,7 +110,7 @@ class EveProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, **kwargs
     ) -> MultiModalData:
-        """Tokens and patches of pictures of these (height, width), without the pictures; servers call it."""
+        """Tokens and patches of pictures of these (height, width); servers call it."""
         if image_sizes is None:
             return MultiModalData()
         grids = [self.image_processor.grid_of(height, width) for height, width in image_sizes]

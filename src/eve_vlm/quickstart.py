@@ -1,7 +1,7 @@
-"""`eve quickstart`: a small model from nothing, in three stages, on real pictograms; then it answers.
+"""`eve quickstart`: a small model from nothing, in three stages, on real pictograms.
 
-Runs the four recipes in `recipes/tiny` one after the other (the decoder first learns the language of the
-captions), asks the result about pictures that it has not seen, and writes `report.html`.
+Runs the four recipes in `recipes/tiny` one after the other (the decoder first learns the language
+of the captions), asks the result about pictures that it has not seen, and writes `report.html`.
 Easy to get wrong: a finished stage is kept, so running it again goes on where it stopped.
 """
 
@@ -47,7 +47,7 @@ class FamilyScore:
     accuracy: float
     """Share of exact answers on held-out pictures of seen concepts."""
     majority: float
-    """Share that always giving the family's most frequent answer would get on the same questions."""
+    """Share that always giving the family's most frequent answer would get."""
     majority_answer: str
     unseen: float
     """Share of exact answers on pictures of concepts that training never showed."""
@@ -102,7 +102,7 @@ def run_quickstart(
     started = time.perf_counter()
     load_pictograms(cache_folder())  # says at once if an extra is missing
     recipes = [_stage_recipe(name, output, seed, overrides) for name in STAGES]
-    stages = {}
+    stages: dict[str, RunResult] = {}
     for recipe in recipes:
         stages[recipe.stage.name] = finished_run(recipe) or train(recipe, resume=True)
     engine = EveEngine.from_pretrained(recipes[-1].output_dir)
@@ -214,9 +214,11 @@ def _answers(
             [_question(record) for record in records], max_new_tokens=8, batch_size=batch
         )
         for record, answer in zip(records, answers, strict=True):
+            picture = record.images[0]
+            assert isinstance(picture, Image.Image), "scenes are drawn, not read"
             rows.append(
                 Example(
-                    picture=record.images[0],
+                    picture=picture,
                     family=record.family,
                     question=_text(record.messages[0]),
                     answer=answer,

@@ -1,4 +1,4 @@
-"""Encoded records to one padded batch: texts padded on the right, pictures packed behind each other.
+"""Encoded records to one batch: texts padded on the right, pictures packed behind each other.
 
 Easy to get wrong: pictures have no batch dimension; they belong to the texts by the order of their
 placeholders.
@@ -18,8 +18,8 @@ class EveCollator:
 
     Returns a dict of `input_ids`, `labels`, `attention_mask` (B, T) and, when there are pictures,
     `pixel_values` (P, d), `image_grid_thw` (I, 3) and, with a teacher, `teacher_pixel_values`
-    (I, size, size, 3) uint8.  `bad_records` lists the reasons of records that could not be used; whoever
-    takes the batch must take that list out and count it.
+    (I, size, size, 3) uint8.  `bad_records` lists the reasons of records that could not be used;
+    whoever takes the batch must take that list out and count it.
     """
 
     def __init__(self, pad_token_id: int):
@@ -35,7 +35,8 @@ class EveCollator:
         reasons = [item.reason for item in items if isinstance(item, BadRecord)]
         if not records:
             raise ValueError(
-                f"None of the {len(reasons)} records of a batch can be used; the first: {reasons[0]}"
+                f"None of the {len(reasons)} records of a batch can be used; the first: "
+                f"{reasons[0]}"
             )
         longest = max(len(record.input_ids) for record in records)
         shape = (len(records), longest)
@@ -51,8 +52,12 @@ class EveCollator:
         if any(len(record.image_grid_thw) for record in records):
             batch["pixel_values"] = np.concatenate([record.pixel_values for record in records])
             batch["image_grid_thw"] = np.concatenate([record.image_grid_thw for record in records])
-            views = [record.teacher_pixel_values for record in records]
-            if views[0] is not None:
+            views = [
+                record.teacher_pixel_values
+                for record in records
+                if record.teacher_pixel_values is not None
+            ]
+            if views:
                 batch["teacher_pixel_values"] = np.concatenate(views)
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
         return tensors | {"bad_records": reasons} if reasons else tensors

@@ -1,9 +1,9 @@
 """A record to model inputs: ids, labels, patches, and the teacher's view.
 
 Labels come from the character spans of the answers in the rendered conversation, which is tokenised
-once as a whole; nothing is tokenised in pieces and counted together, which is how published trainers
-lose samples silently (LLaVA#1166).  A record that cannot be used raises a ValueError with its id and
-the reason; it is the caller who counts.
+once as a whole; nothing is tokenised in pieces and counted together, which is how published
+trainers lose samples silently (LLaVA#1166).  A record that cannot be used raises a ValueError with
+its id and the reason; it is the caller who counts.
 
 Easy to get wrong: `<image>` is one token while the text is tokenised, and is repeated afterwards.
 """
@@ -50,8 +50,8 @@ class Encoder:
 
     Args:
         processor: tokenizer, image processor and chat template.
-        format: `chat` learns each answer with its end token; `plain` (captions) renders pictures, answer
-            and a line break, and learns the answer and the line break.
+        format: `chat` learns each answer with its end token; `plain` (captions) renders pictures,
+            answer and a line break, and learns the answer and the line break.
         max_length: longest sequence allowed, in tokens with pictures in place.
         teacher_view: makes the teacher's views too.
     """
@@ -68,15 +68,16 @@ class Encoder:
         self.teacher_view = teacher_view
         if format == "chat" and not processor.chat_template:
             raise ValueError(
-                "The processor has no chat template; set processor.chat_template, or use format 'plain'."
+                "The processor has no chat template; set processor.chat_template, or use format "
+                "'plain'."
             )
 
     def __call__(self, record: Record) -> EncodedRecord:
         """Encodes one record.
 
         Raises:
-            ValueError: with the record's id, if pictures and `<image>` marks differ in number, an answer is
-                empty, a picture cannot be read, or the sequence is too long.
+            ValueError: with the record's id, if pictures and `<image>` marks differ in number, an
+                answer is empty, a picture cannot be read, or the sequence is too long.
         """
         try:
             ids, labels = self.encode_text(record.messages)
@@ -105,7 +106,7 @@ class Encoder:
         return ids, labels
 
     def _plain(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """`<image>` marks, caption and line break; of the user's words only the pictures are kept."""
+        """`<image>` marks, caption and line break; the user's words are not used."""
         pictures = sum(part["type"] == "image" for message in messages for part in _parts(message))
         answers = [_text(message) for message in messages if message["role"] == "assistant"]
         if len(answers) != 1 or len(messages) > 2:
@@ -133,7 +134,8 @@ class Encoder:
             behind = self._render(messages[: index + 1], add_generation_prompt=False)
             if not (whole.startswith(behind) and behind.startswith(before)):
                 raise ValueError(
-                    "the chat template changes earlier turns when later ones are added, so answers cannot be "
+                    "the chat template changes earlier turns when later ones are added, so "
+                    "answers cannot be "
                     "found in it; give a template that only appends."
                 )
             spans.append((len(before), len(behind.rstrip("\n"))))
@@ -153,7 +155,8 @@ class Encoder:
         placeholder = np.asarray(ids) == self.processor.image_token_id
         if placeholder.sum() != len(images):
             raise ValueError(
-                f"its text has {placeholder.sum()} {self.processor.image_token} marks but {len(images)} pictures; "
+                f"its text has {placeholder.sum()} {self.processor.image_token} marks but "
+                f"{len(images)} pictures; "
                 "give one mark for each picture."
             )
         processor = self.processor.image_processor
@@ -163,7 +166,8 @@ class Encoder:
         if length > self.max_length:
             raise ValueError(
                 f"it needs {length} tokens ({sum(counts)} of them for pictures) but max_length is "
-                f"{self.max_length}; use smaller pictures, a shorter conversation or a larger max_length."
+                f"{self.max_length}; use smaller pictures, a shorter conversation or a larger "
+                "max_length."
             )
         repeats = np.ones(len(ids), np.int64)
         repeats[placeholder] = counts
@@ -208,7 +212,8 @@ def _text(message: dict) -> str:
 def _check_answer(answer: str) -> None:
     if not answer.strip():
         raise ValueError(
-            "one of its answers is empty, so there is nothing to learn; fill it in or remove the turn."
+            "one of its answers is empty, so there is nothing to learn; fill it in or remove the "
+            "turn."
         )
 
 

@@ -5,6 +5,7 @@ know nothing of where an example came from. Easy to get wrong: the n-th `{"type"
 over *all* messages stands for `images[n]`; the counts must agree.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class Record:
     """Names the example in logs and error messages."""
     messages: list[dict[str, Any]]
     """`{"role": ..., "content": [{"type": "image"} | {"type": "text", "text": ...}, ...]}`."""
-    images: list[Image.Image | Path]
+    images: Sequence[Image.Image | Path]
     """One per image part, in order: an open picture or the path of a file."""
     family: str = ""
     """The kind of question (`name`, `count`, ...) under which the answer is scored, if any."""

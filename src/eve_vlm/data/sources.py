@@ -1,8 +1,8 @@
 """Where records come from, behind one shape: a length and records by index.
 
-A mixture joins sources, each used `weight` times per epoch.  Records are decoded only when asked for.
-Easy to get wrong: nothing is dropped here; a record that cannot be used raises when it is asked for, and
-the data set below turns that into a counted `BadRecord`.
+A mixture joins sources, each used `weight` times per epoch.  Records are decoded only when asked
+for. Easy to get wrong: nothing is dropped here; a record that cannot be used raises when it is
+asked for, and the data set below turns that into a counted `BadRecord`.
 """
 
 import json
@@ -27,9 +27,9 @@ class Source(Protocol):
 class LlavaSource:
     """Records of a JSON or JSON Lines file in the published LLaVA form.
 
-    A sample is `{"id", "image" (one name, several, or none), "conversations": [{"from", "value"}, ...]}`.
-    As in the published preprocessing `<image>` marks go to the front of their turn, and an assistant turn
-    before the first user turn is left out.
+    A sample is `{"id", "image" (one name, several, or none), "conversations": [{"from", "value"},
+    ...]}`. As in the published preprocessing `<image>` marks go to the front of their turn, and an
+    assistant turn before the first user turn is left out.
     """
 
     def __init__(self, path: str | Path, image_folder: str | Path | None = None):
@@ -57,7 +57,8 @@ class LlavaSource:
             turns = [(turn["from"], turn["value"]) for turn in sample["conversations"]]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"Record {index} of {self.path} lacks {error}; a sample needs 'conversations' with 'from' and 'value'."
+                f"Record {index} of {self.path} lacks {error}; a sample needs 'conversations' "
+                "with 'from' and 'value'."
             ) from None
         if turns and turns[0][0] == "gpt":
             turns = turns[1:]
@@ -128,8 +129,11 @@ def build_source(
         return SceneSource.from_options(options, seed=seed)
     if options:
         raise ValueError(
-            f"data.sources.options has {sorted(options)}, but the kind {kind!r} takes none; remove them."
+            f"data.sources.options has {sorted(options)}, but the kind {kind!r} takes none; "
+            "remove them."
         )
+    if path is None:
+        raise ValueError(f"data.sources.path is missing for the kind {kind!r}; name a JSON file.")
     return LlavaSource(path, image_folder)
 
 
@@ -145,7 +149,8 @@ def _read_json(path: Path) -> list[dict]:
             ) from None
     if not isinstance(samples, list):
         raise ValueError(
-            f"{path} holds a {type(samples).__name__}, not a list of samples; give a LLaVA JSON file."
+            f"{path} holds a {type(samples).__name__}, not a list of samples; give a LLaVA JSON "
+            "file."
         )
     return samples
 

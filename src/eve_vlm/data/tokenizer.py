@@ -1,7 +1,8 @@
 """A small tokenizer of one's own, for a decoder that is trained from nothing.
 
-Byte-level BPE, so that any text can be written, with whole words for whatever the training text says
-often.  Easy to get wrong: `<image>` must be one special token, or the processor cannot count pictures.
+Byte-level BPE, so that any text can be written, with whole words for whatever the training text
+says often.  Easy to get wrong: `<image>` must be one special token, or the processor cannot count
+pictures.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """The engine: conversations with pictures in, answers out.  The only caller of `model.generate`.
 
-Easy to get wrong: a batch of prompts is padded on the left; with padding on the right shorter prompts
-get wrong or empty answers (LLaVA#754), which is why no caller pads by itself.
+Easy to get wrong: a batch of prompts is padded on the left; with padding on the right shorter
+prompts get wrong or empty answers (LLaVA#754), which is why no caller pads by itself.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class EveEngine:
     def from_pretrained(cls, folder: str | Path, *, device: str | None = None) -> "EveEngine":
         """Loads a folder onto `device` (a GPU where there is one, else the CPU in float32)."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        # bfloat16 products are 25 to 70 times slower than float32 on common CPUs (integration.md).
+        # bfloat16 products are 25 to 70 times slower than float32 on common CPUs (measured).
         dtype = torch.float32 if device == "cpu" else None
         return cls(load_model(folder, dtype=dtype).to(device), load_processor(folder))
 
@@ -62,8 +62,8 @@ class EveEngine:
         """Answers conversations greedily, in batches.
 
         Args:
-            conversations: Hugging Face messages; picture parts are `{"type": "image", "image": picture}`
-                with an open picture or a file name.
+            conversations: Hugging Face messages; picture parts are `{"type": "image", "image":
+                picture}` with an open picture or a file name.
 
         Returns:
             One answer per conversation, without special tokens or outer blanks.
@@ -125,12 +125,14 @@ class EveEngine:
         in_pictures = int((inputs["input_ids"][row] == self.processor.image_token_id).sum())
         room = limit - max_new_tokens - (longest - in_pictures)
         raise ValueError(
-            f"The prompt takes {longest} tokens, {in_pictures} of them for pictures, and the answer up to "
-            f"{max_new_tokens}, but the model takes {limit} in all; {self._fitting_size(images, room)}."
+            f"The prompt takes {longest} tokens, {in_pictures} of them for pictures, and the "
+            "answer up to "
+            f"{max_new_tokens}, but the model takes {limit} in all; "
+            f"{self._fitting_size(images, room)}."
         )
 
     def _fitting_size(self, images: list[Image.Image], room: int) -> str:
-        """Advice: the largest longest_edge at which all pictures of the batch fit into `room` tokens."""
+        """Advice: the largest longest_edge at which all pictures fit into `room` tokens."""
         processor = self.processor.image_processor
         unit, cell = processor.size_multiple, processor.patch_size * processor.merge_size
         for edge in range(processor.size["longest_edge"] - unit, 0, -unit):
@@ -142,12 +144,15 @@ class EveEngine:
                     num_image_tokens(short, edge // cell), num_image_tokens(edge // cell, short)
                 )
             if tokens <= room:
-                return f"with pictures of longest_edge {edge} (set processor.image_processor.size) it would fit"
+                return (
+                    f"with pictures of longest_edge {edge} (set processor.image_processor.size) "
+                    "it would fit"
+                )
         return "shorten the question or give fewer pictures"
 
 
 def user_message(question: str, images: Sequence[Image.Image | str | Path]) -> list[dict]:
-    """One user turn from a question with `<image>` marks, or pictures in front of a question without.
+    """One user turn: pictures at the question's `<image>` marks, or in front of it.
 
     Raises:
         ValueError: if the question is empty, or marks and pictures differ in number.
@@ -160,7 +165,8 @@ def user_message(question: str, images: Sequence[Image.Image | str | Path]) -> l
         return [{"role": "user", "content": [*parts, {"type": "text", "text": question.strip()}]}]
     if len(pieces) - 1 != len(images):
         raise ValueError(
-            f"The question has {len(pieces) - 1} <image> marks but {len(images)} pictures were given; give one mark "
+            f"The question has {len(pieces) - 1} <image> marks but {len(images)} pictures were "
+            "given; give one mark "
             "for each picture, or no marks at all."
         )
     content: list[dict] = []

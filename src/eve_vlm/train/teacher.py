@@ -1,10 +1,11 @@
 """The frozen vision teacher: pictures on canvases to one feature per cell.
 
-The teacher belongs to training alone.  It is not a part of any model, so no checkpoint can hold it, no
-optimizer can move it, and `model.train()` does not reach it.  Any Hugging Face vision model with one
-token per patch will do (CLIP, SigLIP, DINOv2, ...), and EfficientNet-Lite0 from its package.
+The teacher belongs to training alone.  It is not a part of any model, so no checkpoint can hold it,
+no optimizer can move it, and `model.train()` does not reach it.  Any Hugging Face vision model with
+one token per patch will do (CLIP, SigLIP, DINOv2, ...), and EfficientNet-Lite0 from its package.
 
-Easy to get wrong: only the cells that hold the picture are compared, but the teacher sees the padding.
+Easy to get wrong: only the cells that hold the picture are compared, but the teacher sees the
+padding.
 """
 
 from collections.abc import Callable
@@ -78,15 +79,17 @@ class FrozenTeacher:
             settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
         except OSError as error:
             raise ValueError(
-                f"The teacher {name!r} cannot be loaded ({str(error).splitlines()[0]}); give a Hugging Face vision "
+                f"The teacher {name!r} cannot be loaded ({str(error).splitlines()[0]}); give a "
+                "Hugging Face vision "
                 f"model's folder or name, or {EFFICIENTNET!r}, or set stage.alignment to null."
             ) from None
         vision = config.vision_config if hasattr(config, "vision_config") else config
         model = model.vision_model if hasattr(config, "vision_config") else model
+        mean, std = settings["image_mean"], settings["image_std"]
         view = TeacherView(
             cells=cells,
             cell_pixels=vision.patch_size,
-            fill=tuple(int(255 * value) for value in settings["image_mean"]),
+            fill=(int(255 * mean[0]), int(255 * mean[1]), int(255 * mean[2])),
         )
         positions = {} if view.size == vision.image_size else {"interpolate_pos_encoding": True}
 
@@ -94,7 +97,6 @@ class FrozenTeacher:
             states = model(pixels, output_hidden_states=True, **positions).hidden_states[layer]
             return states[:, states.shape[1] - cells * cells :]  # without class or register tokens
 
-        mean, std = settings["image_mean"], settings["image_std"]
         return cls(model, extract, view=view, hidden_size=vision.hidden_size, mean=mean, std=std)
 
     @torch.no_grad()

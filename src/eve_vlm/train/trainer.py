@@ -6,8 +6,8 @@
   - `log`: adds terms, tokens per second, and stops at a loss that is not a number.
 
 Easy to get wrong: `Trainer` divides the summed language loss by the labels of all accumulated
-micro-batches, and divides nothing else; so the alignment term must be divided by the pictures of all
-of them, or it grows with the accumulation steps (house 4.6.4).
+micro-batches, and divides nothing else; so the alignment term must be divided by the pictures of
+all of them, or it grows with the accumulation steps.
 """
 
 import logging
@@ -58,6 +58,7 @@ class EveTrainer(Trainer):
         self.max_bad_share = max_bad_share
         self.bad_records: Counter[str] = Counter()
         self.num_records = 0
+        self.optimizer: torch.optim.Optimizer | None
         self._images_in_batch: torch.Tensor | int | None = None
         self._terms: dict[str, torch.Tensor] = {}
         self._tokens, self._terms_from_step, self._clock = 0, 0, time.perf_counter()
@@ -77,7 +78,7 @@ class EveTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """The micro-batches of one step, and how many labels they hold; counts pictures and bad records."""
+        """The micro-batches of one step and their labels; counts pictures and bad records."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             reasons = batch.pop("bad_records", [])
@@ -99,8 +100,10 @@ class EveTrainer(Trainer):
         bad = self.bad_records.total()
         if bad > self.max_bad_share * max(self.num_records, JUDGED_FROM):
             raise ValueError(
-                f"{bad} of the first {self.num_records} records cannot be used, more than the share of "
-                f"{self.max_bad_share} that data.max_bad_share allows; the last: {(reasons or ['-'])[-1]}"
+                f"{bad} of the first {self.num_records} records cannot be used, more than the "
+                "share of "
+                f"{self.max_bad_share} that data.max_bad_share allows; the last: "
+                f"{(reasons or ['-'])[-1]}"
             )
 
     def compute_loss(
@@ -110,7 +113,7 @@ class EveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Language and alignment loss of one micro-batch, each divided for the whole accumulated batch."""
+        """Language and alignment loss of one micro-batch, as a share of the accumulated batch."""
         views = inputs.pop("teacher_pixel_values", None)
         if self.teacher is not None and views is not None:
             inputs["teacher_features"] = self.teacher.features(
@@ -130,7 +133,8 @@ class EveTrainer(Trainer):
         if "loss" in logs and steps:
             if not math.isfinite(logs["loss"]):
                 raise ValueError(
-                    f"The loss became {logs['loss']} by step {self.state.global_step}; lower stage.learning_rates, "
+                    f"The loss became {logs['loss']} by step {self.state.global_step}; lower "
+                    "stage.learning_rates, "
                     "set training.max_grad_norm, or look at the last records."
                 )
             now = time.perf_counter()

@@ -1,0 +1,69 @@
+"""What all tests share: no network, one thread per worker, a cache of their own, and fixtures.
+
+Fixtures are read-only by agreement: a test that changes a model or a processor makes its own with
+`tiny.model()` or `tiny.processor()`. One thing a reader would get wrong: the environment is set
+here at import, before any library that reads it.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for the network fails instead of waiting
+os.environ.pop("EVE_DEBUG", None)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Never the user's own cache, where the last quickstart run is noted; workers inherit it.
+    os.environ["EVE_CACHE"] = tempfile.mkdtemp(prefix="eve-vlm-tests-")
+    atexit.register(shutil.rmtree, os.environ["EVE_CACHE"], ignore_errors=True)
+
+import pytest
+import torch
+
+import tiny
+
+# Tiny matrices gain nothing from threads, and two workers with two threads each wait for one another.
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--slow`."""
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out, with a reason, what this run or this machine cannot take."""
+    slow = pytest.mark.skip(reason="slow; give --slow to run it")
+    gpu = pytest.mark.skip(reason="needs a CUDA device, and there is none")
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(slow)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(gpu)
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """The tiny processor; read-only."""
+    return tiny.processor()
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A tiny model with random weights in eval mode; read-only."""
+    return tiny.model()
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory, model, processor):
+    """A folder with the tiny model and its processor; read-only."""
+    folder = tmp_path_factory.mktemp("saved_model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory):
+    """A folder with a tiny CLIP vision model; read-only."""
+    return tiny.teacher_folder(tmp_path_factory.mktemp("teacher"))
