@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 LIMIT_BYTES = 3_000_000
 MARKER = "subset.json"
-# Tensors that only repeat what is kept elsewhere: the second copy of the teacher, activations that
-# the prompts of the same model cover, the teacher's pixels (their features are kept), and the
-# largest inputs of the patch embedding.
+# What only repeats what is kept elsewhere: the second copy of the teacher, the list of weight names,
+# activations that the prompts of the same model cover, the teacher's pixels (their features are
+# kept), parts of a sequence that is kept whole, and the largest inputs of the patch embedding.
 TEACHER_COPY = "model.vision_clip."
 REPEATED = ("inputs_embeds", "hidden_mid_sample0", "hidden_last_sample0", "images_clip")
+PARTS = ("local_attention", "class_token")
+NAME_LIST = "state_dict_keys.json"
 LARGEST_PICTURE_TOKENS = 40
 
 
@@ -86,7 +88,8 @@ def copy_embedding(full: Path, out: Path) -> None:
         and (name not in names_in(extra) or name == kept_odd)
     }
     outputs = folder / "outputs.safetensors"
-    keep = [name for name in names_in(outputs) if name.rsplit(".", 1)[0] in wanted]
+    stored = [name.rsplit(".", 1) for name in names_in(outputs)]
+    keep = [f"{name}.{part}" for name, part in stored if name in wanted and part not in PARTS]
     copy_tensors(outputs, target / outputs.name, keep)
 
 
@@ -95,7 +98,8 @@ def copy_model(full: Path, out: Path) -> Path:
     folder = smallest([path for path in (full / "model").glob("*/model.safetensors")]).parent
     target = out / folder.relative_to(full)
     for file in sorted(folder.glob("*.json")):
-        copy(file, target / file.name)
+        if file.name != NAME_LIST:
+            copy(file, target / file.name)
     copy(folder / "model.safetensors", target / "model.safetensors")
     training = folder / "training_only.safetensors"
     keep = [name for name in names_in(training) if not name.startswith(TEACHER_COPY)]

@@ -91,7 +91,9 @@ class Encoder:
 
     def encode_text(self, messages: Sequence[dict]) -> tuple[list[int], list[int]]:
         """Token ids and labels of a conversation, each picture still one placeholder."""
-        text, spans = self._plain(messages) if self.format == "plain" else self._chat(messages)
+        # An answer without a question before it is a caption or a text, whatever the format.
+        plain = self.format == "plain" or messages[0]["role"] == "assistant"
+        text, spans = self._plain(messages) if plain else self._chat(messages)
         if not spans:
             raise ValueError(
                 "it holds no answer to learn from; give at least one assistant message."

@@ -21,6 +21,9 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 NORM_EPS = 1e-3
+# 64 pictures of 64 pixels on one core: 0.19 s at once, 0.11 s channels last in chunks that stay in
+# the cache.
+CPU_CHUNK = 16
 # Which stage's output a layer number names: the last of strides 8, 16 and 32.
 LAYERS = {-3: (3, 8, 40), -2: (5, 16, 112), -1: (7, 32, 320)}
 
@@ -99,11 +102,13 @@ class EfficientNetLite0(nn.Module):
                 layers.append(
                     InvertedResidual(weights, prefix, stride=stride if repeat == 0 else 1)
                 )
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (I, 3, h, w) to (I, hidden_size, h / stride, w / stride)."""
-        return self.layers(pixels)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        chunk = CPU_CHUNK if pixels.device.type == "cpu" else max(len(pixels), 1)
+        return torch.cat([self.layers(part) for part in pixels.split(chunk)])
 
 
 def load_efficientnet_lite0(layer: int) -> EfficientNetLite0:
