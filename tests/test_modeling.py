@@ -28,6 +28,7 @@ from eve_vlm import (
     EveForPreTraining,
     EveModel,
     EvePatchEmbedding,
+    EveVisionConfig,
 )
 from eve_vlm.patch_embedding_eve import PackedGrid
 from oracle import patch_embedding as slow
@@ -165,14 +166,6 @@ def test_packed_positions_equal_loops():
     assert grid.class_position.tolist() == classes
     assert grid.image_of_cell.tolist() == owners
     assert grid.num_tokens == place == int(grid.tokens_per_image.sum())
-
-
-def test_rows_that_do_not_fill_a_cell_are_refused_or_never_made(model):
-    """An odd patch grid cannot come from our processor; the counts then do not fit."""
-    with pytest.raises((ValueError, RuntimeError)):
-        model.model.vision_tower(
-            torch.zeros(9, 48), torch.tensor([[1, 3, 3]])
-        )
 
 
 def test_gradients_of_the_patch_embedding():
@@ -623,12 +616,11 @@ def test_parameters_of_the_published_7b_model():
     assert more == sum(weight.numel() for weight in training.aligner.parameters()) == 43_067_392
 
 
+@torch.no_grad()
 def test_new_weights_are_as_documented():
     """Uniform within 1/sqrt(fan in), norms one and zero, embeddings standard normal."""
-    tower = tiny.model().model.vision_tower
-    wide = EvePatchEmbedding._from_config(
-        type(tower.config)(patch_size=4, hidden_size=256, num_attention_heads=8)
-    )
+    of = EveVisionConfig(patch_size=4, hidden_size=256, num_attention_heads=8)
+    wide = EvePatchEmbedding._from_config(of)
     bound = 48**-0.5
     weight = wide.patch_projection.weight
     assert float(weight.abs().max()) <= bound

@@ -80,7 +80,7 @@ class Encoder:
                 answer is empty, a picture cannot be read, or the sequence is too long.
         """
         try:
-            ids, labels = self.encode_text(record.messages)
+            ids, labels = self.encode_text(record.messages, format=record.format)
             images = [
                 image if isinstance(image, Image.Image) else open_picture(image)
                 for image in record.images
@@ -89,10 +89,11 @@ class Encoder:
         except ValueError as error:
             raise ValueError(f"Record {record.id!r}: {error}") from None
 
-    def encode_text(self, messages: Sequence[dict]) -> tuple[list[int], list[int]]:
+    def encode_text(
+        self, messages: Sequence[dict], *, format: Literal["plain", "chat"] | None = None
+    ) -> tuple[list[int], list[int]]:
         """Token ids and labels of a conversation, each picture still one placeholder."""
-        # An answer without a question before it is a caption or a text, whatever the format.
-        plain = self.format == "plain" or messages[0]["role"] == "assistant"
+        plain = (format or self.format) == "plain"
         text, spans = self._plain(messages) if plain else self._chat(messages)
         if not spans:
             raise ValueError(
@@ -108,7 +109,10 @@ class Encoder:
         return ids, labels
 
     def _plain(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """`<image>` marks, caption and line break; the user's words are not used."""
+        """`<image>` marks, caption and line break.
+
+        The user's words are not used, as published; without a picture they stand in its place.
+        """
         pictures = sum(part["type"] == "image" for message in messages for part in _parts(message))
         answers = [_text(message) for message in messages if message["role"] == "assistant"]
         if len(answers) != 1 or len(messages) > 2:
@@ -117,7 +121,10 @@ class Encoder:
             )
         _check_answer(answers[0])
         tokenizer = self.processor.tokenizer
-        head = (tokenizer.bos_token or "") + self.processor.image_token * pictures
+        place = self.processor.image_token * pictures
+        if not pictures:
+            place = "".join(_text(message) for message in messages if message["role"] == "user")
+        head = (tokenizer.bos_token or "") + place
         text = head + answers[0] + "\n"
         return text, [(len(head), len(text))]
 

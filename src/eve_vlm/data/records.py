@@ -8,7 +8,7 @@ over *all* messages stands for `images[n]`; the counts must agree.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -24,7 +24,9 @@ class Record:
     images: Sequence[Image.Image | Path]
     """One per image part, in order: an open picture or the path of a file."""
     family: str = ""
-    """The kind of question (`name`, `count`, ...) under which the answer is scored, if any."""
+    """The kind of question (`name`, `count`, ...) under which its answer is scored."""
+    format: Literal["plain", "chat"] | None = None
+    """How it is rendered for training (see `Encoder`); None leaves that to the stage."""
 
 
 __all__ = ["Record"]

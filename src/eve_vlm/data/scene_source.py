@@ -3,7 +3,8 @@
     kind: scenes
     options: {split: train, size: 20000, families: {name: 1, count: 2}, settings: {max_count: 3}}
 
-`text_only: true` leaves the pictures out, to teach a new decoder the language of the captions.
+To teach a new decoder the language of the captions, `text_only: true` leaves the pictures out, and
+`described: 28` puts a description in their place, one word for each cell of 28 pixels.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from eve_vlm.data.records import Record
 from eve_vlm.data.scene_settings import SceneSettings
 from eve_vlm.data.scenes import SceneDataset
 
-OPTIONS = ("split", "size", "families", "settings", "text_only")
+OPTIONS = ("split", "size", "families", "settings", "text_only", "described")
 
 
 def cache_folder() -> Path:
@@ -28,8 +29,10 @@ def cache_folder() -> Path:
 class SceneSource:
     """Scenes by index, with or without their pictures."""
 
-    def __init__(self, scenes: SceneDataset, *, text_only: bool = False):
-        self.scenes, self.text_only = scenes, text_only
+    def __init__(
+        self, scenes: SceneDataset, *, text_only: bool = False, described: int | None = None
+    ):
+        self.scenes, self.text_only, self.described = scenes, text_only, described
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, seed: int) -> "SceneSource":
@@ -58,7 +61,11 @@ class SceneSource:
             seed=seed,
             settings=_settings(options.get("settings", {})),
         )
-        return cls(scenes, text_only=bool(options.get("text_only", False)))
+        return cls(
+            scenes,
+            text_only=bool(options.get("text_only", False)),
+            described=options.get("described"),
+        )
 
     def __len__(self) -> int:
         """Number of scenes."""
@@ -66,6 +73,8 @@ class SceneSource:
 
     def __getitem__(self, index: int) -> Record:
         """Scene `index`."""
+        if self.described is not None:
+            return self.scenes.described(index, cell=self.described)
         return self.scenes.text(index) if self.text_only else self.scenes[index]
 
 

@@ -10,7 +10,7 @@ grids are (rows, cols), while boxes are (left, top, right, bottom) as in Pillow.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -118,6 +118,7 @@ class SceneDataset:
             messages=_messages(scene.turns, image=True),
             images=[self.render(scene)],
             family=scene.family,
+            format=_format(scene.family),
         )
 
     def text(self, index: int) -> Record:
@@ -128,6 +129,29 @@ class SceneDataset:
             messages=_messages(scene.turns, image=False),
             images=[],
             family=scene.family,
+            format=_format(scene.family),
+        )
+
+    def described(self, index: int, *, cell: int) -> Record:
+        """Scene `index` with a description in words in place of its picture.
+
+        The description has one word for each cell of `cell` pixels and a line break after each
+        row: laid out as the tokens of the picture are. A decoder that learns to answer from it
+        knows what to do with a picture as soon as cells look like words to it.
+        """
+        scene = self.scene(index)
+        messages = _messages(scene.turns, image=False)
+        text = {"type": "text", "text": description(scene, cell=cell)}
+        if messages[0]["role"] == "user":
+            messages[0]["content"].insert(0, text)
+        else:
+            messages.insert(0, {"role": "user", "content": [text]})
+        return Record(
+            id=f"{self.split}-{self.seed}-{index}-described",
+            messages=messages,
+            images=[],
+            family=scene.family,
+            format=_format(scene.family),
         )
 
     def scene(self, index: int) -> Scene:
@@ -293,6 +317,30 @@ def majority_answers(scenes: Iterable[Scene]) -> dict[str, Majority]:
         answer, number = counter.most_common(1)[0]
         result[family] = Majority(answer, number / counter.total(), counter.total())
     return result
+
+
+def description(scene: Scene, *, cell: int) -> str:
+    """The word of the thing that covers most of each cell, `.` where nothing covers a quarter."""
+    height, width = scene.canvas
+    lines = []
+    for top in range(0, height, cell):
+        words = []
+        for left in range(0, width, cell):
+            best, covered = ".", cell * cell / 4
+            for placement in scene.placements:
+                box = placement.box
+                across = min(box.right, left + cell) - max(box.left, left)
+                down = min(box.bottom, top + cell) - max(box.top, top)
+                if across > 0 and down > 0 and across * down >= covered:
+                    best, covered = placement.concept, across * down
+            words.append(best)
+        lines.append(" ".join(words) + "\n")
+    return " ".join(lines)
+
+
+def _format(family: str) -> Literal["plain", "chat"]:
+    """Captions are rendered as captions in every stage, questions as questions."""
+    return "plain" if family in CAPTION_FAMILIES else "chat"
 
 
 def _messages(turns: tuple[Turn, ...], *, image: bool) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from eve_vlm.data.teacher_view import TeacherView
@@ -75,6 +75,7 @@ class FrozenTeacher:
     def _hugging_face(cls, name: str, cells: int, layer: int) -> "FrozenTeacher":
         try:
             config = AutoConfig.from_pretrained(name)
+            vision = _vision_config(name, config)
             model = AutoModel.from_pretrained(name, dtype=torch.float32)
             settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
         except OSError as error:
@@ -83,8 +84,13 @@ class FrozenTeacher:
                 "Hugging Face vision "
                 f"model's folder or name, or {EFFICIENTNET!r}, or set stage.alignment to null."
             ) from None
-        vision = config.vision_config if hasattr(config, "vision_config") else config
-        model = model.vision_model if hasattr(config, "vision_config") else model
+        if vision is not config:
+            model = model.vision_model
+        if not -vision.num_hidden_layers - 1 <= layer <= vision.num_hidden_layers:
+            raise ValueError(
+                f"stage.alignment.layer is {layer} but the teacher {name!r} has "
+                f"{vision.num_hidden_layers} layers; give one of them, such as -2."
+            )
         mean, std = settings["image_mean"], settings["image_std"]
         view = TeacherView(
             cells=cells,
@@ -126,6 +132,19 @@ class FrozenTeacher:
             image_grid_thw[:, 1] // side, image_grid_thw[:, 2] // side
         )
         return features[kept.flatten(1)]
+
+
+def _vision_config(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The vision part of a teacher's configuration, checked to be one that cuts into patches."""
+    composite = {"text_config", "vision_config"} <= config.sub_configs.keys()
+    vision = config.vision_config if composite else config
+    lacking = {"patch_size", "image_size", "num_hidden_layers"} - vision.to_dict().keys()
+    if lacking:
+        raise ValueError(
+            f"The teacher {name!r} is a {config.model_type!r} model without {min(lacking)}; give a "
+            f"vision model such as CLIP, SigLIP or DINOv2, or {EFFICIENTNET!r}."
+        )
+    return vision
 
 
 __all__ = ["EFFICIENTNET", "FrozenTeacher"]
