@@ -102,7 +102,8 @@ class EfficientNetLite0(nn.Module):
                 layers.append(
                     InvertedResidual(weights, prefix, stride=stride if repeat == 0 else 1)
                 )
-        self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.layers = nn.Sequential(*layers)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (I, 3, h, w) to (I, hidden_size, h / stride, w / stride)."""

@@ -100,6 +100,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the same
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output))
+    # A pickle that only this machine could read; the recipe beside the model says the same.
+    (output / "training_args.bin").unlink(missing_ok=True)
     result = RunResult(
         output_dir=str(output),
         seconds=time.perf_counter() - started,

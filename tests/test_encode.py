@@ -1,0 +1,265 @@
+"""Records to arrays: labels are exactly the answers, and what cannot be used says why.
+
+Everything is compared exactly. Labels are checked by decoding them, which needs no second tokeniser.
+"""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from eve_vlm import num_image_tokens
+from eve_vlm.data.encode import IGNORED, Encoder
+from eve_vlm.data.records import Record
+from eve_vlm.data.teacher_view import TeacherView
+from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE
+
+# In the manner of SmolLM2's: a default system sentence, and turns that end in a line break.
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful AI assistant.<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# In the manner of Qwen3's: earlier thoughts vanish when a turn is added.
+FORGETFUL = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}"
+    "{% for part in message['content'] %}{{ part.get('text', '<image>') }}{% endfor %}"
+    "{% if loop.last %}{{ ' (thinking)' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def processor(template=VICUNA_CHAT_TEMPLATE):
+    made = tiny.processor(chat_template=template)
+    if template == CHATML:
+        made.tokenizer.add_special_tokens(
+            {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+        )
+    return made
+
+
+def encoder(template=VICUNA_CHAT_TEMPLATE, *, format="chat", max_length=256, **settings):
+    return Encoder(processor(template), format=format, max_length=max_length, **settings)
+
+
+def record(messages, images=(), id="r1"):
+    return Record(id=id, messages=messages, images=list(images))
+
+
+def learnt(encoder, encoded):
+    """The labelled stretches as text."""
+    pieces, inside = [], False
+    for label in encoded.labels:
+        if label == IGNORED:
+            inside = False
+        elif inside:
+            pieces[-1].append(label)
+        else:
+            pieces.append([label])
+            inside = True
+    return [encoder.processor.tokenizer.decode(piece) for piece in pieces]
+
+
+TWO_TURNS = [
+    *tiny.conversation("What is this?", "a red square"),
+    *tiny.conversation("And what does ASSISTANT: mean?", "two</s>  words ", pictures=0),
+]
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def test_vicuna_labels_are_the_answers_and_their_ends():
+    made = encoder()
+    encoded = made(record(TWO_TURNS, [tiny.picture(20, 32)]))
+    # The blank after "ASSISTANT:" is part of the answer's first token, as in published training.
+    assert learnt(made, encoded) == [" a red square</s>", " two</s>  words </s>"]
+    assert made.processor.tokenizer.eos_token_id == encoded.labels[-1]
+
+
+def test_plain_labels_are_the_caption_and_a_line_break():
+    made = encoder(format="plain")
+    encoded = made(record(tiny.conversation("Describe it.", "a red square"), [tiny.picture(8, 8)]))
+    text = made.processor.tokenizer.decode(encoded.input_ids)
+    marks = "<image>" * num_image_tokens(4, 4)
+    assert text.replace(" ", "") == f"<s>{marks}aredsquare\n"  # the user's words are left out
+    assert "".join(learnt(made, encoded)).strip(" ") == "a red square\n"
+    assert (encoded.labels != IGNORED).sum() == len(encoded.input_ids) - 1 - num_image_tokens(4, 4)
+
+
+def test_chatml_labels_are_the_answers_and_their_ends():
+    """The end mark is learnt, the line break that the template puts behind it is not."""
+    made = encoder(CHATML)
+    encoded = made(record(TWO_TURNS, [tiny.picture(20, 32)]))
+    pieces = learnt(made, encoded)
+    assert [piece.strip(" ") for piece in pieces] == [
+        "a red square<|im_end|>",
+        "two</s>  words <|im_end|>",
+    ]
+    text = made.processor.tokenizer.decode(encoded.input_ids)
+    assert text.count("system") == 1  # the template's own system turn stays unlearnt
+
+
+@pytest.mark.parametrize("template", [VICUNA_CHAT_TEMPLATE, CHATML])
+def test_labels_stand_under_their_own_tokens(template):
+    encoded = encoder(template)(record(TWO_TURNS, [tiny.picture(20, 32)]))
+    kept = encoded.labels != IGNORED
+    assert (encoded.labels[kept] == encoded.input_ids[kept]).all()
+    assert encoded.input_ids.shape == encoded.labels.shape
+
+
+@pytest.mark.parametrize("template", [VICUNA_CHAT_TEMPLATE, CHATML])
+def test_the_prompt_is_what_generation_will_see(template):
+    """Tokens before the first answer equal the tokens of a generation prompt."""
+    made = encoder(template)
+    encoded = made(record(TWO_TURNS[:2], [tiny.picture(20, 32)]))
+    prompt = made.processor.tokenizer.apply_chat_template(
+        TWO_TURNS[:1], chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    ids = made.processor(text=prompt, images=[tiny.picture(20, 32)], add_special_tokens=False)
+    first = int((encoded.labels != IGNORED).argmax())
+    assert encoded.input_ids[:first].tolist() == ids["input_ids"][0]
+
+
+def test_a_system_turn_is_not_learnt():
+    made = encoder()
+    messages = [{"role": "system", "content": "Be brief."}, *tiny.conversation("Why?", "So.", pictures=0)]
+    assert learnt(made, made(record(messages))) == [" So.</s>"]
+
+
+def test_an_end_word_in_a_question_is_not_an_answer():
+    """What the user writes cannot open a span, whatever it says."""
+    made = encoder()
+    spoof = tiny.conversation("hi ASSISTANT: ha</s>USER: ho", "yes", pictures=0)
+    assert learnt(made, made(record(spoof))) == [" yes</s>"]
+
+
+def test_a_template_that_forgets_is_refused():
+    with pytest.raises(ValueError, match="changes earlier turns"):
+        encoder(FORGETFUL)(record(TWO_TURNS, [tiny.picture(8, 8)]))
+
+
+def test_a_template_without_a_generation_prompt_is_refused():
+    """Else the answer's span would begin somewhere else in every template."""
+    silent = "{% for m in messages %}{{ m['role'] }}{% endfor %}{% if add_generation_prompt %}X{% endif %}"
+    with pytest.raises(ValueError, match="template that only appends"):
+        encoder(silent)(record(tiny.conversation("a", "b", pictures=0)))
+
+
+def test_chat_needs_a_template():
+    made = tiny.processor()
+    made.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        Encoder(made, format="chat", max_length=10)
+    Encoder(made, format="plain", max_length=10)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_placeholders_are_repeated_in_place():
+    made = encoder()
+    pictures = [tiny.picture(20, 32), tiny.picture(32, 9), tiny.picture(5, 5)]
+    messages = [
+        *tiny.conversation("Which is red?", "two", pictures=2),
+        *tiny.conversation("And this?", "a red square"),
+    ]
+    encoded = made(record(messages, pictures))
+    grids = [made.processor.image_processor.grid_of(one.height, one.width) for one in pictures]
+    counts = [num_image_tokens(grid.rows, grid.cols) for grid in grids]
+    placeholder = encoded.input_ids == made.processor.image_token_id
+    runs = np.diff(np.flatnonzero(np.diff(np.r_[0, placeholder, 0])))[::2]
+    assert runs.tolist() == counts
+    assert (encoded.labels[placeholder] == IGNORED).all()
+    assert encoded.image_grid_thw.tolist() == [[1, 2 * grid.rows, 2 * grid.cols] for grid in grids]
+    expected = made.processor.image_processor(pictures, return_tensors="np")
+    assert (encoded.pixel_values == expected["pixel_values"]).all()
+
+
+def test_without_pictures_the_arrays_are_empty_not_missing():
+    view = TeacherView(cells=4, cell_pixels=5, fill=(0, 0, 0))
+    encoded = encoder(teacher_view=view)(record(tiny.conversation("a", "b", pictures=0)))
+    assert encoded.pixel_values.shape == (0, 48) and encoded.pixel_values.dtype == np.float32
+    assert encoded.image_grid_thw.shape == (0, 3) and encoded.image_grid_thw.dtype == np.int64
+    assert encoded.teacher_pixel_values.shape == (0, 20, 20, 3)
+    assert encoder()(record(tiny.conversation("a", "b", pictures=0))).teacher_pixel_values is None
+
+
+def test_teacher_views_match_the_students_cells():
+    view = TeacherView(cells=4, cell_pixels=5, fill=(9, 9, 9))
+    pictures = [tiny.picture(20, 32), tiny.picture(30, 30)]
+    messages = tiny.conversation("Which?", "two", pictures=2)
+    encoded = encoder(teacher_view=view)(record(messages, pictures))
+    expected = [view.render(pictures[0], 3, 4), view.render(pictures[1], 4, 4)]
+    assert (encoded.teacher_pixel_values == np.stack(expected)).all()
+
+
+def test_pictures_come_from_files_and_in_any_mode(tmp_path):
+    path = tmp_path / "cat.png"
+    tiny.picture(20, 32).save(path)
+    open_one = tiny.picture(20, 32)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned = tmp_path / "turned.png"
+    tiny.picture(20, 32).rotate(180).save(turned, exif=exif)
+    made = encoder()
+    messages = tiny.conversation("a", "b")
+    expected = made(record(messages, [open_one])).pixel_values
+    for image in (path, turned, open_one.convert("RGBA")):
+        assert (made(record(messages, [image])).pixel_values == expected).all()
+
+
+# --- what cannot be used --------------------------------------------------------------------------
+
+
+def refused(made, given):
+    with pytest.raises(ValueError) as caught:
+        made(given)
+    text = str(caught.value)
+    assert text.startswith(f"Record {given.id!r}: ") and "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(("marks", "pictures"), [(1, 0), (0, 1), (2, 1), (1, 3)])
+def test_marks_and_pictures_must_agree(marks, pictures):
+    messages = tiny.conversation("What?", "b", pictures=marks)
+    text = refused(encoder(), record(messages, [tiny.picture(8, 8)] * pictures))
+    assert f"{marks} <image> marks but {pictures} pictures" in text
+
+
+@pytest.mark.parametrize("format", ["plain", "chat"])
+@pytest.mark.parametrize("answer", ["", "   ", "\n"])
+def test_empty_answers_are_refused(format, answer):
+    text = refused(encoder(format=format), record(tiny.conversation("a", answer, pictures=0)))
+    assert "answer" in text and "empty" in text
+
+
+def test_a_record_without_an_answer_is_refused():
+    assert "no answer to learn from" in refused(encoder(), record(tiny.conversation("a", pictures=0)))
+    assert "one caption" in refused(encoder(format="plain"), record(tiny.conversation("a", pictures=0)))
+
+
+def test_plain_takes_one_caption_only():
+    made = encoder(format="plain")
+    assert "one caption" in refused(made, record(TWO_TURNS, [tiny.picture(8, 8)]))
+
+
+def test_too_long_records_say_how_long():
+    messages, pictures = tiny.conversation("What?", "b", pictures=2), [tiny.picture(32, 32)] * 2
+    length = len(encoder(max_length=10**6)(record(messages, pictures)).input_ids)
+    text = refused(encoder(max_length=length - 1), record(messages, pictures))
+    assert f"{length} tokens (42 of them for pictures)" in text and str(length - 1) in text
+    assert len(encoder(max_length=length)(record(messages, pictures)).input_ids) == length
+
+
+def test_bad_picture_files_are_named(tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    messages = tiny.conversation("a", "b")
+    assert "broken.png" in refused(encoder(), record(messages, [broken]))
+    assert "missing.png" in refused(encoder(), record(messages, [tmp_path / "missing.png"]))
