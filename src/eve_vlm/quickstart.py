@@ -20,6 +20,7 @@ from eve_vlm.data.pictograms import attribution, load_pictograms
 from eve_vlm.data.records import Record
 from eve_vlm.data.scene_source import SceneSource, cache_folder
 from eve_vlm.data.scenes import SceneDataset
+from eve_vlm.image_processing_eve import num_image_tokens
 from eve_vlm.report import write_report
 from eve_vlm.serve.engine import EveEngine
 from eve_vlm.train.recipe import Recipe, load_recipe
@@ -160,10 +161,9 @@ def _stage_recipe(name: str, output: Path, seed: int, overrides: tuple[str, ...]
 
 
 def _image_tokens(recipe: Recipe) -> int:
-    side = recipe.model.image.longest_edge // (
-        recipe.model.vision.patch_size * recipe.model.vision.merge_size
-    )
-    return 1 + side * (side + 1)
+    cell = recipe.model.vision.patch_size * recipe.model.vision.merge_size
+    side = recipe.model.image.longest_edge // cell
+    return num_image_tokens(side, side)
 
 
 def _evaluate(engine: EveEngine, recipe: Recipe, result: Quickstart, questions: int) -> None:

@@ -26,7 +26,7 @@ from eve_vlm.data.collator import EveCollator
 from eve_vlm.data.encode import Encoder
 from eve_vlm.data.sources import EncodedDataset, Mixture, build_source
 from eve_vlm.data.tokenizer import train_tokenizer
-from eve_vlm.image_processing_eve import EveImageProcessor
+from eve_vlm.image_processing_eve import EveImageProcessor, num_image_tokens
 from eve_vlm.loading import load_model, load_processor, require_model_folder
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE, EveProcessor
@@ -73,19 +73,19 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     teacher = _build_teacher(recipe)
     model = build_model(recipe, processor, teacher.hidden_size if teacher else None)
     select_trainable(model, recipe.stage)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / RECIPE_FILE).write_text(resolved_yaml(recipe), encoding="utf-8")
-    (output / "parameters.txt").write_text(
-        parameter_table(model, recipe.stage) + "\n", encoding="utf-8"
-    )
-
     encoder = Encoder(
         processor,
         format=recipe.data.format,
         max_length=recipe.data.max_length,
         teacher_view=teacher.view if teacher else None,
     )
+    # Here processes wait for each other: all have checked the folder before one writes into it.
     arguments = TrainingArguments(**training_arguments_dict(recipe), disable_tqdm=True)
+    if arguments.process_index == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / RECIPE_FILE).write_text(resolved_yaml(recipe), encoding="utf-8")
+        table = parameter_table(model, recipe.stage)
+        (output / "parameters.txt").write_text(table + "\n", encoding="utf-8")
     trainer = EveTrainer(
         model=model,
         args=arguments,
@@ -100,8 +100,6 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the same
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output))
-    # A pickle that only this machine could read; the recipe beside the model says the same.
-    (output / "training_args.bin").unlink(missing_ok=True)
     result = RunResult(
         output_dir=str(output),
         seconds=time.perf_counter() - started,
@@ -111,6 +109,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     )
     if trainer.is_world_process_zero():
         processor.save_pretrained(output)
+        # A pickle that only this machine could read; the recipe beside the model says the same.
+        (output / "training_args.bin").unlink(missing_ok=True)
         # Written last: where it is, the run is complete.
         (output / RESULT_FILE).write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
     if trainer.bad_records:
@@ -150,7 +150,7 @@ def describe(recipe: Recipe) -> str:
         "gradient_accumulation_steps", 1
     )
     picture = EveImageProcessor(**_picture_settings(recipe)).grid_of(1, 1)
-    tokens = 1 + picture.rows * (picture.cols + 1)
+    tokens = num_image_tokens(picture.rows, picture.cols)
     return "\n".join(
         [
             resolved_yaml(recipe),
