@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from .alignment_eve import EveForPreTraining
@@ -35,12 +36,30 @@ def check_loaded(
     for kind, names in (("lacks", missing), ("has surplus", surplus)):
         bad = sorted(name for name in names if not any(pattern.match(name) for pattern in excused))
         if bad:
-            more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
             raise ValueError(
                 f"The checkpoint {folder} {kind} {len(bad)} weights "
-                f"({', '.join(bad[:SHOWN])}{more}); it belongs to "
+                f"({_listed(bad)}); it belongs to "
                 "another model or was saved in part, so save it again with save_pretrained."
             )
+
+
+def _check_shapes(folder: Path, mismatched: Iterable[tuple]) -> None:
+    names = sorted(name for name, *_ in mismatched)
+    if names:
+        raise ValueError(
+            f"{len(names)} weights in {folder} have another shape than its config.json says "
+            f"({_listed(names)}); it was changed or put together from two models, so save it again."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _first_line(error: Exception) -> str:
+    """The library's messages run over several lines; the first says what happened."""
+    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def require_model_folder(folder: str | Path) -> Path:
@@ -55,7 +74,13 @@ def require_model_folder(folder: str | Path) -> Path:
             f"{folder} holds no model (no config.json); name a folder that training or "
             "save_pretrained wrote."
         )
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder}/config.json cannot be read ({_first_line(error)}); copy or save the model "
+            "again."
+        ) from None
     if not isinstance(config, EveConfig):
         raise ValueError(
             f"{folder} holds a model of type {config.model_type!r}, not an EVE model; name "
@@ -90,11 +115,14 @@ def load_model(
             dtype=dtype or "auto",
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, in our words
         )
-    except RuntimeError as error:  # shapes that do not fit
+    except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"The weights in {folder} do not fit its config.json: {str(error).splitlines()[0]}"
+            f"The weights in {folder} cannot be read ({_first_line(error)}); copy or save them "
+            "again."
         ) from None
+    _check_shapes(folder, report["mismatched_keys"])
     check_loaded(folder, report["missing_keys"], report["unexpected_keys"], allowed=new)
     return model
 
@@ -103,7 +131,13 @@ def load_processor(
     folder: str | Path, *, longest_edge: int | None = None, size_multiple: int | None = None
 ):
     """Loads a saved processor, with other picture sizes where given."""
-    processor = EveProcessor.from_pretrained(folder)
+    try:
+        processor = EveProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} holds no processor that can be read ({_first_line(error)}); save one there "
+            "with processor.save_pretrained."
+        ) from None
     pictures = processor.image_processor
     if longest_edge is not None:
         pictures.size = {"longest_edge": longest_edge}

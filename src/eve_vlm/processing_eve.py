@@ -52,7 +52,10 @@ def _chat_template(system: str) -> str:
 
 
 VICUNA_CHAT_TEMPLATE = _chat_template(VICUNA_SYSTEM)
-PLAIN_CHAT_TEMPLATE = _chat_template("")
+# For decoders made from nothing: no system sentence and no line break, which only cost tokens.
+SHORT_CHAT_TEMPLATE = _chat_template("").replace(
+    "'<image>' if loop.last else '<image>\\n'", "'<image>'"
+)
 
 
 class EveProcessor(ProcessorMixin):
@@ -121,4 +124,4 @@ class EveProcessor(ProcessorMixin):
         )
 
 
-__all__ = ["PLAIN_CHAT_TEMPLATE", "VICUNA_CHAT_TEMPLATE", "EveProcessor"]
+__all__ = ["SHORT_CHAT_TEMPLATE", "VICUNA_CHAT_TEMPLATE", "EveProcessor"]

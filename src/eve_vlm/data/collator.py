@@ -26,18 +26,12 @@ class EveCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, items: Sequence[EncodedRecord | BadRecord]) -> dict[str, Any]:
-        """Pads and packs what can be used.
-
-        Raises:
-            ValueError: if no record can be used.
-        """
+        """Pads and packs what can be used; without any such record a row that teaches nothing."""
         records = [item for item in items if isinstance(item, EncodedRecord)]
         reasons = [item.reason for item in items if isinstance(item, BadRecord)]
         if not records:
-            raise ValueError(
-                f"None of the {len(reasons)} records of a batch can be used; the first: "
-                f"{reasons[0]}"
-            )
+            # The other batches of the step go on; one position without a label adds nothing.
+            records = [self._nothing()]
         longest = max(len(record.input_ids) for record in records)
         shape = (len(records), longest)
         input_ids = np.full(shape, self.pad_token_id, np.int64)
@@ -61,6 +55,16 @@ class EveCollator:
                 batch["teacher_pixel_values"] = np.concatenate(views)
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
         return tensors | {"bad_records": reasons} if reasons else tensors
+
+    def _nothing(self) -> EncodedRecord:
+        return EncodedRecord(
+            id="",
+            input_ids=np.array([self.pad_token_id]),
+            labels=np.array([IGNORED]),
+            pixel_values=np.empty((0, 0), np.float32),
+            image_grid_thw=np.empty((0, 3), np.int64),
+            teacher_pixel_values=None,
+        )
 
 
 __all__ = ["EveCollator"]

@@ -47,11 +47,15 @@ class SceneSource:
                 f"data.sources.options has {', '.join(unknown)}, which scenes do not know; "
                 f"use {', '.join(OPTIONS)}."
             )
-        for name, kind in (("size", int), ("families", dict)):
-            if not isinstance(options.get(name), kind):
+        for name, kind, default in (
+            ("size", int, None),
+            ("families", dict, None),
+            ("text_only", bool, False),
+        ):
+            if not isinstance(options.get(name, default), kind):
                 raise ValueError(
                     f"data.sources.options.{name} must be given as {kind.__name__} for scenes, "
-                    f"but it is {options.get(name)!r}."
+                    f"but it is {options.get(name, default)!r}."
                 )
         scenes = SceneDataset(
             load_pictograms(cache_folder()),
@@ -63,7 +67,7 @@ class SceneSource:
         )
         return cls(
             scenes,
-            text_only=bool(options.get("text_only", False)),
+            text_only=options.get("text_only", False),
             described=options.get("described"),
         )
 

@@ -334,8 +334,8 @@ def description(scene: Scene, *, cell: int) -> str:
                 if across > 0 and down > 0 and across * down >= covered:
                     best, covered = placement.concept, across * down
             words.append(best)
-        lines.append(" ".join(words) + "\n")
-    return " ".join(lines)
+        lines.append(" ".join(words) + "\n ")
+    return "".join(lines)
 
 
 def _format(family: str) -> Literal["plain", "chat"]:

@@ -53,13 +53,20 @@ class LlavaSource:
         try:
             id = str(sample.get("id", index))
             names = sample.get("image") or []
-            names = [names] if isinstance(names, str) else names
+            names = [names] if isinstance(names, str) else list(names)
             turns = [(turn["from"], turn["value"]) for turn in sample["conversations"]]
         except (KeyError, TypeError, AttributeError) as error:
+            problem = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed ({error})"
             raise ValueError(
-                f"Record {index} of {self.path} lacks {error}; a sample needs 'conversations' "
-                "with 'from' and 'value'."
+                f"Record {index} of {self.path} {problem}; a sample needs 'conversations' with "
+                "'from' and 'value'."
             ) from None
+        for text in (*names, *(text for turn in turns for text in turn)):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"Record {index} of {self.path} has {text!r} where a text or a picture's name "
+                    "belongs; mend or remove it."
+                )
         if turns and turns[0][0] == "gpt":
             turns = turns[1:]
         messages = [_message(role, value, bool(names), id) for role, value in turns]
@@ -138,14 +145,24 @@ def build_source(
 
 
 def _read_json(path: Path) -> list[dict]:
+    before = 0  # lines before the one that is being read
     with path.open(encoding="utf-8") as file:
         try:
             if path.suffix == ".jsonl":
-                return [json.loads(line) for line in file if line.strip()]
+                samples = []
+                for line in file:
+                    if line.strip():
+                        samples.append(json.loads(line.rstrip()))
+                return samples
             samples = json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}, line {error.lineno}: not valid JSON ({error.msg}); mend or remove it."
+                f"{path}, line {before + error.lineno}: not valid JSON ({error.msg}); mend or "
+                "remove it."
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8."
             ) from None
     if not isinstance(samples, list):
         raise ValueError(

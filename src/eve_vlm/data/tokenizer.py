@@ -6,13 +6,13 @@ pictures.
 """
 
 from collections.abc import Iterable
-from itertools import chain
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from eve_vlm.processing_eve import PLAIN_CHAT_TEMPLATE
+from eve_vlm.processing_eve import SHORT_CHAT_TEMPLATE
 
+ROLES = ("USER:", "ASSISTANT:")
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 
 
@@ -23,21 +23,21 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048) -> PreTrain
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(ROLES),
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The words of the chat template are in every prompt, so they are worth a token each.
-    roles = ["USER: ASSISTANT:"] * 64
-    tokenizer.train_from_iterator(chain(texts, roles), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    # One token for each role, which takes the blanks around it with it.
+    tokenizer.add_tokens([AddedToken(role, lstrip=True, rstrip=True) for role in ROLES])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         extra_special_tokens={"image_token": "<image>"},
-        chat_template=PLAIN_CHAT_TEMPLATE,
+        chat_template=SHORT_CHAT_TEMPLATE,
     )
 
 

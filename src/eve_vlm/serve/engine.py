@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from eve_vlm.image_processing_eve import num_image_tokens
+from eve_vlm.image_processing_eve import eve_grid, num_image_tokens, to_rgb
 from eve_vlm.loading import load_model, load_processor
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.pictures import open_picture
@@ -102,7 +102,7 @@ class EveEngine:
             padding_side="left",
             return_tensors="pt",
         )
-        self._check_length(inputs, images, max_new_tokens)
+        self._check_length(conversations, inputs, max_new_tokens)
         names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
         given = {name: inputs[name].to(self.model.device) for name in names if name in inputs}
         output = self.model.generate(
@@ -111,11 +111,14 @@ class EveEngine:
             do_sample=False,
             pad_token_id=self.processor.tokenizer.pad_token_id,
             eos_token_id=self.processor.tokenizer.eos_token_id,
+            suppress_tokens=[self.processor.image_token_id],  # no word of an answer
         )
         new = output[:, given["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _check_length(self, inputs: dict, images: list[Image.Image], max_new_tokens: int) -> None:
+    def _check_length(
+        self, conversations: Sequence[list[dict]], inputs: dict, max_new_tokens: int
+    ) -> None:
         limit = self.model.config.text_config.max_position_embeddings
         mask = inputs["attention_mask"].sum(1)
         longest = int(mask.max())
@@ -124,6 +127,7 @@ class EveEngine:
         row = int(mask.argmax())
         in_pictures = int((inputs["input_ids"][row] == self.processor.image_token_id).sum())
         room = limit - max_new_tokens - (longest - in_pictures)
+        images = [_open(part["image"]) for part in _picture_parts(conversations[row])]
         raise ValueError(
             f"The prompt takes {longest} tokens, {in_pictures} of them for pictures, and the "
             "answer up to "
@@ -134,15 +138,20 @@ class EveEngine:
     def _fitting_size(self, images: list[Image.Image], room: int) -> str:
         """Advice: the largest longest_edge at which all pictures fit into `room` tokens."""
         processor = self.processor.image_processor
-        unit, cell = processor.size_multiple, processor.patch_size * processor.merge_size
+        unit = processor.size_multiple
         for edge in range(processor.size["longest_edge"] - unit, 0, -unit):
-            tokens = 0
-            for image in images:
-                units, sides = edge // unit, (image.height, image.width)
-                short = -(-units * min(sides) // max(sides)) * unit // cell
-                tokens += max(
-                    num_image_tokens(short, edge // cell), num_image_tokens(edge // cell, short)
+            grids = [
+                eve_grid(
+                    image.height,
+                    image.width,
+                    longest_edge=edge,
+                    size_multiple=unit,
+                    patch_size=processor.patch_size,
+                    merge_size=processor.merge_size,
                 )
+                for image in images
+            ]
+            tokens = sum(num_image_tokens(grid.rows, grid.cols) for grid in grids)
             if tokens <= room:
                 return (
                     f"with pictures of longest_edge {edge} (set processor.image_processor.size) "
@@ -189,7 +198,7 @@ def _picture_parts(messages: list[dict]) -> list[dict]:
 
 
 def _open(image: Image.Image | str | Path) -> Image.Image:
-    return image if isinstance(image, Image.Image) else open_picture(image)
+    return to_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
 
 
 __all__ = ["EveEngine", "user_message"]

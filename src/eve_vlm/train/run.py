@@ -24,6 +24,7 @@ from eve_vlm.alignment_eve import EveForPreTraining
 from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
 from eve_vlm.data.collator import EveCollator
 from eve_vlm.data.encode import Encoder
+from eve_vlm.data.records import Record
 from eve_vlm.data.sources import EncodedDataset, Mixture, build_source
 from eve_vlm.data.tokenizer import train_tokenizer
 from eve_vlm.image_processing_eve import EveImageProcessor, num_image_tokens
@@ -103,7 +104,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     result = RunResult(
         output_dir=str(output),
         seconds=time.perf_counter() - started,
-        records=trainer.num_records,
+        # From the epoch, which counts all processes and what came before a resume.
+        records=round(trainer.state.epoch * len(records)),
         steps=trainer.state.global_step,
         losses=[entry for entry in trainer.state.log_history if "loss" in entry],
     )
@@ -173,7 +175,13 @@ def build_processor(recipe: Recipe, records: Mixture) -> EveProcessor:
         )
     name = recipe.model.tokenizer or recipe.model.decoder
     if name is not None:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The tokenizer {name!r} cannot be loaded ({str(error).splitlines()[0]}); give a "
+                "folder, or connect to the Hub."
+            ) from None
         if "<image>" not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
         if tokenizer.pad_token is None:
@@ -356,13 +364,15 @@ def _picture_settings(recipe: Recipe) -> dict:
     }
 
 
-def _words(record) -> str:
-    return "\n".join(
+def _words(record: Record) -> str:
+    """All that is said in a record, in one line: every word with the blank that it will have."""
+    texts = [
         part["text"]
         for message in record.messages
         for part in message["content"]
         if part["type"] == "text"
-    )
+    ]
+    return " ".join(texts)
 
 
 def _check_output(output: Path, recipe: Recipe, *, resume: bool) -> str | None:

@@ -22,6 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from eve_vlm.data.encode import IGNORED
 from eve_vlm.train.parameters import optimizer_groups
 from eve_vlm.train.recipe import StageSection
 from eve_vlm.train.teacher import FrozenTeacher
@@ -61,7 +62,7 @@ class EveTrainer(Trainer):
         self.optimizer: torch.optim.Optimizer | None
         self._images_in_batch: torch.Tensor | int | None = None
         self._terms: dict[str, torch.Tensor] = {}
-        self._tokens, self._terms_from_step, self._clock = 0, 0, time.perf_counter()
+        self._tokens, self._steps, self._clock = 0, 0, time.perf_counter()  # since the last log
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimizer on the stage's groups."""
@@ -80,15 +81,20 @@ class EveTrainer(Trainer):
     ) -> tuple[list, torch.Tensor | int | None]:
         """The micro-batches of one step and their labels; counts pictures and bad records."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._steps += 1
         for batch in batches:
             reasons = batch.pop("bad_records", [])
-            self._count_records(len(batch["input_ids"]), reasons)
+            # A usable record has labels; the stand-in for a batch without one has none.
+            usable = int((batch["labels"] != IGNORED).any(1).sum())
+            self._count_records(usable, reasons)
             self._tokens += int(batch["attention_mask"].sum())
         images = sum(len(batch["image_grid_thw"]) for batch in batches if "image_grid_thw" in batch)
         count = torch.tensor(images, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         self._images_in_batch = count.clamp(min=1)
+        if num_items is not None:
+            num_items = torch.as_tensor(num_items).clamp(min=1)  # all of them may be unusable
         return batches, num_items
 
     def _count_records(self, usable: int, reasons: list[str]) -> None:
@@ -129,25 +135,23 @@ class EveTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to each log of a step: every loss term, tokens per second, left-out records."""
-        steps = self.state.global_step - self._terms_from_step
+        steps = self._steps  # not the state's: a run that is resumed begins in the middle
         if "loss" in logs and steps:
-            if not math.isfinite(logs["loss"]):
-                raise ValueError(
-                    f"The loss became {logs['loss']} by step {self.state.global_step}; lower "
-                    "stage.learning_rates, "
-                    "set training.max_grad_norm, or look at the last records."
-                )
+            # By term, because Trainer's own sum leaves out whatever is not a number.
+            terms = {f"loss_{name}": (total / steps).item() for name, total in self._terms.items()}
+            for name, value in {"loss": logs["loss"], **terms}.items():
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"The {name} became {value} by step {self.state.global_step}; lower "
+                        "stage.learning_rates, set training.max_grad_norm, or look at the last "
+                        "records."
+                    )
             now = time.perf_counter()
-            logs |= {f"loss_{name}": (total / steps).item() for name, total in self._terms.items()}
+            logs |= terms
             logs["tokens_per_second"] = self._tokens / (now - self._clock)
             if self.bad_records:
                 logs["left_out_records"] = self.bad_records.total()
-            self._terms, self._tokens, self._terms_from_step, self._clock = (
-                {},
-                0,
-                self.state.global_step,
-                now,
-            )
+            self._terms, self._tokens, self._steps, self._clock = {}, 0, 0, now
         super().log(logs, start_time)
 
 
