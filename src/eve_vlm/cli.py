@@ -107,6 +107,8 @@ def ask(
     eve ask cat.png "What is this?"
     """
     *pictures, question = words
+    if os.path.isfile(question):  # Path.is_file() raises for a question as long as a page
+        raise ValueError(f"There is no question behind {question}; put it last, in quotes.")
     from eve_vlm.quickstart import last_quickstart_model
     from eve_vlm.serve.engine import EveEngine
 

@@ -5,12 +5,14 @@ a warning at most; here both are errors that list them, save for those a caller 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
 
 from .alignment_eve import EveForPreTraining
 from .configuration_eve import EveConfig
@@ -41,6 +43,17 @@ def check_loaded(
                 f"({_listed(bad)}); it belongs to "
                 "another model or was saved in part, so save it again with save_pretrained."
             )
+
+
+@contextmanager
+def _own_words() -> Iterator[None]:
+    """Silences the library's table of missing and surplus weights: here they are errors."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _check_shapes(folder: Path, mismatched: Iterable[tuple]) -> None:
@@ -109,14 +122,15 @@ def load_model(
     training = config is not None and config.alignment_config is not None
     cls = EveForPreTraining if training else EveForConditionalGeneration
     try:
-        model, report = cls.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below, in our words
-        )
+        with _own_words():
+            model, report = cls.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported below, in our words
+            )
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"The weights in {folder} cannot be read ({_first_line(error)}); copy or save them "

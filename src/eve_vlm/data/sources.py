@@ -153,6 +153,7 @@ def _read_json(path: Path) -> list[dict]:
                 for line in file:
                     if line.strip():
                         samples.append(json.loads(line.rstrip()))
+                    before += 1
                 return samples
             samples = json.load(file)
         except json.JSONDecodeError as error:
