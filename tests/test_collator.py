@@ -44,7 +44,9 @@ def test_pictures_are_packed_in_the_order_of_their_texts(records):
     batch = EveCollator(0)(records)
     for name in ("pixel_values", "image_grid_thw", "teacher_pixel_values"):
         expected = np.concatenate([getattr(record, name) for record in records])
-        assert (batch[name].numpy() == expected).all() and batch[name].numpy().dtype == expected.dtype
+        assert (batch[name].numpy() == expected).all() and batch[
+            name
+        ].numpy().dtype == expected.dtype
     assert len(batch["image_grid_thw"]) == len(batch["teacher_pixel_values"]) == 3
 
 

@@ -73,7 +73,10 @@ def test_tying_follows_the_decoder(tied):
         (lambda: EveVisionConfig(hidden_size=0), ("vision_config.hidden_size",)),
         (lambda: EveVisionConfig(hidden_size=30), ("30", "8", "heads")),
         (lambda: EveVisionConfig(num_attention_heads=0), ("num_attention_heads", "0")),
-        (lambda: EveAlignmentConfig(tap_every=0), ("alignment_config.tap_every", "0", "at least 1")),
+        (
+            lambda: EveAlignmentConfig(tap_every=0),
+            ("alignment_config.tap_every", "0", "at least 1"),
+        ),
         (lambda: EveAlignmentConfig(pool_size=0), ("pool_size", "0", "at least 1")),
         (lambda: EveAlignmentConfig(teacher_hidden_size=30), ("30", "8", "heads")),
         (lambda: EveAlignmentConfig(num_attention_heads=0), ("num_attention_heads", "0")),

@@ -3,6 +3,8 @@
 Everything is compared exactly. Labels are checked by decoding them, which needs no second tokeniser.
 """
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +14,7 @@ from eve_vlm import num_image_tokens
 from eve_vlm.data.encode import IGNORED, Encoder
 from eve_vlm.data.records import Record
 from eve_vlm.data.teacher_view import TeacherView
-from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE
+from eve_vlm.processing_eve import SHORT_CHAT_TEMPLATE, VICUNA_CHAT_TEMPLATE
 
 # In the manner of SmolLM2's: a default system sentence, and turns that end in a line break.
 CHATML = (
@@ -126,9 +128,32 @@ def test_the_prompt_is_what_generation_will_see(template):
     assert encoded.input_ids[:first].tolist() == ids["input_ids"][0]
 
 
+@pytest.mark.parametrize("template", [VICUNA_CHAT_TEMPLATE, SHORT_CHAT_TEMPLATE])
+def test_marked_answers_are_those_that_rendering_step_by_step_finds(template):
+    """Templates with `generation` marks are rendered once; without them, turn by turn."""
+    unmarked = re.sub(r"{%-\s*(end)?generation\s*-%}", "{#- -#}", template)
+    assert "generation -" not in unmarked and unmarked != template
+    pictures = [tiny.picture(20, 32), tiny.picture(5, 5)]
+    system = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}]
+    several = [*tiny.conversation("Is it?", "two", pictures=2), *TWO_TURNS[2:]]
+    for messages, images in (
+        (TWO_TURNS, pictures[:1]),
+        (several, pictures),
+        (system + TWO_TURNS, pictures[:1]),
+        (TWO_TURNS + TWO_TURNS[2:] * 3, pictures[:1]),
+    ):
+        marked = encoder(template, max_length=1000)(record(messages, images))
+        plain = encoder(unmarked, max_length=1000)(record(messages, images))
+        assert marked.input_ids.tolist() == plain.input_ids.tolist()
+        assert marked.labels.tolist() == plain.labels.tolist()
+
+
 def test_a_system_turn_is_not_learnt():
     made = encoder()
-    messages = [{"role": "system", "content": "Be brief."}, *tiny.conversation("Why?", "So.", pictures=0)]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *tiny.conversation("Why?", "So.", pictures=0),
+    ]
     assert learnt(made, made(record(messages))) == [" So.</s>"]
 
 
@@ -240,8 +265,12 @@ def test_empty_answers_are_refused(format, answer):
 
 
 def test_a_record_without_an_answer_is_refused():
-    assert "no answer to learn from" in refused(encoder(), record(tiny.conversation("a", pictures=0)))
-    assert "one caption" in refused(encoder(format="plain"), record(tiny.conversation("a", pictures=0)))
+    assert "no answer to learn from" in refused(
+        encoder(), record(tiny.conversation("a", pictures=0))
+    )
+    assert "one caption" in refused(
+        encoder(format="plain"), record(tiny.conversation("a", pictures=0))
+    )
 
 
 def test_plain_takes_one_caption_only():

@@ -80,9 +80,7 @@ def alone(model, samples, **settings):
     rows = []
     for one in samples:
         mask = torch.ones_like(one["input_ids"])
-        rows += model.generate(
-            inputs_embeds=embedded(model, one), attention_mask=mask, **settings
-        )
+        rows += model.generate(inputs_embeds=embedded(model, one), attention_mask=mask, **settings)
     return padded(rows)
 
 

@@ -54,9 +54,7 @@ def test_grid_equals_a_slow_search(edge, multiple, settings):
     settings = STANDARD | settings
     merge = settings["conv_stride"]
     for height, width in random_sizes(2000, seed=edge):
-        grid = eve_grid(
-            height, width, longest_edge=edge, size_multiple=multiple, merge_size=merge
-        )
+        grid = eve_grid(height, width, longest_edge=edge, size_multiple=multiple, merge_size=merge)
         box = geometry.box(height, width, settings)
         assert (grid.height, grid.width) == (box.bottom - box.top, box.right - box.left)
         assert (grid.rows, grid.cols) == geometry.grid(height, width, settings), (height, width)
@@ -107,7 +105,12 @@ def test_sizes_that_do_not_fit_each_other_are_refused_at_once(sizes):
 
 def test_cutting_equals_slow_loops():
     rng = np.random.default_rng(0)
-    for height, width, patch, merge in [(16, 24, 4, 2), (8, 8, 4, 2), (27, 19, 3, 3), (10, 6, 2, 1)]:
+    for height, width, patch, merge in [
+        (16, 24, 4, 2),
+        (8, 8, 4, 2),
+        (27, 19, 3, 3),
+        (10, 6, 2, 1),
+    ]:
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         patches, patch_rows, patch_cols = cut_patches(pixels, patch_size=patch, merge_size=merge)
         expected = []
@@ -136,9 +139,7 @@ def test_normalised_pixels_equal_the_oracle(processor):
 def test_normalising_can_be_switched_off(processor):
     picture = tiny.picture(16, 32)
     raw = processor.image_processor(picture, do_normalize=False, do_rescale=False)["pixel_values"]
-    expected, _, _ = cut_patches(
-        np.asarray(picture), patch_size=tiny.PATCH, merge_size=tiny.MERGE
-    )
+    expected, _, _ = cut_patches(np.asarray(picture), patch_size=tiny.PATCH, merge_size=tiny.MERGE)
     assert (np.asarray(raw) == expected.reshape(len(expected), -1)).all()
 
 
@@ -146,7 +147,9 @@ def test_features_are_as_many_as_the_grid_says():
     images = EveImageProcessor()
     pictures = [tiny.picture(height, width) for height, width in [(3, 5), (120, 77), (40, 40)]]
     both = images(pictures, return_tensors="pt")
-    assert both["image_grid_thw"].dtype == torch.int64 and both["pixel_values"].dtype == torch.float32
+    assert (
+        both["image_grid_thw"].dtype == torch.int64 and both["pixel_values"].dtype == torch.float32
+    )
     assert both["pixel_values"].shape == (int(both["image_grid_thw"].prod(-1).sum()), 3 * 14 * 14)
     for picture, (time, rows, cols) in zip(pictures, both["image_grid_thw"].tolist(), strict=True):
         grid = images.grid_of(picture.height, picture.width)
@@ -179,7 +182,9 @@ def test_width_is_resized_before_height():
     assert (resize_picture(picture, 32, 24) == expected).all()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"]
+)
 def test_every_mode_becomes_rgb(mode, processor):
     grey = tiny.picture(20, 28).convert("L")
     if mode == "LAB":
@@ -257,7 +262,11 @@ def test_without_resizing_only_whole_cells_are_taken(processor):
 
 def test_saving_and_loading_changes_nothing(tmp_path):
     images = EveImageProcessor(
-        size={"longest_edge": 64}, size_multiple=16, patch_size=4, merge_size=2, image_mean=[0.5] * 3
+        size={"longest_edge": 64},
+        size_multiple=16,
+        patch_size=4,
+        merge_size=2,
+        image_mean=[0.5] * 3,
     )
     images.save_pretrained(tmp_path)
     again = EveImageProcessor.from_pretrained(tmp_path)

@@ -203,7 +203,9 @@ def test_bfloat16_weights_still_sum_in_float32(autocast):
     assert made.dtype == torch.float32
     ours = float((made - expected).abs().max())
     weight = tower.patch_projection.weight.flatten(1)
-    patches = batch["pixel_values"].bfloat16() @ weight.T  # what plain bfloat16 would do, first step
+    patches = (
+        batch["pixel_values"].bfloat16() @ weight.T
+    )  # what plain bfloat16 would do, first step
     exact = batch["pixel_values"].double() @ weight.double().T
     plain = float((patches - exact).abs().max())
     assert ours <= 1e-5 and ours < plain / 1000
@@ -269,7 +271,9 @@ def test_placeholders_without_pictures_are_refused(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text"]
+)
 def test_text_alone_is_the_bare_decoder_bit_for_bit(model_type):
     made = tiny.model(tiny.config(model_type=model_type))
     bare = AutoModelForCausalLM.from_config(made.config.text_config).eval()
@@ -426,8 +430,10 @@ def test_hidden_states_and_attentions_are_the_decoders(model):
     out = eager(**batch, output_hidden_states=True, output_attentions=True)
     assert len(out.hidden_states) == tiny.LAYERS + 1 and len(out.attentions) == tiny.LAYERS
     assert out.attentions[0].shape[0] == len(MIXED)
-    assert torch.equal(out.image_hidden_states, eager.get_image_features(
-        batch["pixel_values"], batch["image_grid_thw"]).last_hidden_state)
+    assert torch.equal(
+        out.image_hidden_states,
+        eager.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).last_hidden_state,
+    )
 
 
 @torch.no_grad()
@@ -456,7 +462,11 @@ def assert_same_gradients(made, expected):
     for name, gradient in expected.items():
         assert (gradient is None) == (made[name] is None), name
         if gradient is not None:
-            assert_same(made[name] / (1e-9 + gradient.abs().max()), gradient / (1e-9 + gradient.abs().max()), 1e-5)
+            assert_same(
+                made[name] / (1e-9 + gradient.abs().max()),
+                gradient / (1e-9 + gradient.abs().max()),
+                1e-5,
+            )
 
 
 @torch.no_grad()
@@ -483,9 +493,7 @@ def test_training_makes_no_logits_and_evaluation_does(model):
 
 def test_labels_without_anything_to_learn_give_zero(model):
     batch = inputs_for(MIXED)
-    out = copy.deepcopy(model).train()(
-        **batch, labels=torch.full_like(batch["input_ids"], -100)
-    )
+    out = copy.deepcopy(model).train()(**batch, labels=torch.full_like(batch["input_ids"], -100))
     out.loss.backward()
     assert float(out.loss.detach()) == 0.0
 
@@ -531,9 +539,7 @@ def test_packed_documents_do_not_see_each_other(checkpointing, attention):
     made = tiny.model(attn_implementation=attention)
     documents = [inputs_for([row], seed=index) for index, row in enumerate(MIXED)]
     if checkpointing:
-        made.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids, labels, positions, pixels, grids = [], [], [], [], []
     for document in documents:
         document = labelled(document)
@@ -655,7 +661,9 @@ def test_vocabulary_may_grow():
 @torch.no_grad()
 def test_saved_folders_load_with_nothing_else_on_disk(saved_model, model):
     names = {file.name for file in saved_model.iterdir()}
-    assert "model.safetensors" in names and not any(name.endswith((".bin", ".py")) for name in names)
+    assert "model.safetensors" in names and not any(
+        name.endswith((".bin", ".py")) for name in names
+    )
     batch = inputs_for(MIXED)
     expected = model(**batch).logits
     for cls in (EveForConditionalGeneration, AutoModelForImageTextToText):
@@ -705,7 +713,10 @@ def test_pipeline_from_a_folder(saved_model, model, processor):
         messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
     )
     output = model.generate(
-        **{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")},
+        **{
+            name: inputs[name]
+            for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+        },
         max_new_tokens=6,
         do_sample=False,
     )

@@ -141,7 +141,9 @@ def test_palette_png_with_transparency(tmp_path):
     picture.save(path, transparency=0)
     assert Image.open(path).mode == "P"
     red, green, blue = open_picture(path).getpixel((3, 3))
-    assert max(abs(red - 250), abs(green - 120), abs(blue - 10)) <= 26  # the web palette's steps of 51
+    assert (
+        max(abs(red - 250), abs(green - 120), abs(blue - 10)) <= 26
+    )  # the web palette's steps of 51
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])

@@ -1,15 +1,18 @@
 """The processor: how many placeholders a picture gets, where, and what survives saving. Exact."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+from tokenizers import Tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 import tiny
 from eve_vlm import EveImageProcessor, EveProcessor, num_image_tokens
-from eve_vlm.data.tokenizer import train_tokenizer
+from eve_vlm.data.tokenizer import ROLES, train_tokenizer
 from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE
 
 SIZES = ((20, 32), (32, 9), (7, 7))
@@ -169,7 +172,17 @@ def test_chat_template_takes_pictures_along(processor):
     reason="the library's own mask ignores the expansion of pictures in older versions; "
     "training makes its labels itself (test_encode)",
 )
-def test_assistant_mask_is_the_answer_and_its_end(processor):
+def test_assistant_mask_is_the_answer_and_its_end():
+    """With a tokenizer whose words do not swallow the blank between "ASSISTANT:" and the answer."""
+    backend = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
+    backend["added_tokens"] = [
+        one for one in backend["added_tokens"] if one["content"] not in ROLES
+    ]
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), bos_token="<s>", eos_token="</s>"
+    )
+    pictures = tiny.processor().image_processor
+    processor = EveProcessor(pictures, words, chat_template=VICUNA_CHAT_TEMPLATE)
     messages = tiny.conversation("What?", "a red square")
     messages[0]["content"][0] = {"type": "image", "image": tiny.picture(20, 32)}
     made = processor.apply_chat_template(

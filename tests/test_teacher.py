@@ -245,7 +245,9 @@ def test_efficientnet_equals_a_plain_walk_through_its_weights():
         x = F.pad(x, (total // 2, total - total // 2, total // 2, total - total // 2))
         groups = kernel.shape[0] if kernel.shape[1] == 1 and x.shape[1] > 1 else 1
         x = F.conv2d(x, kernel, stride=stride, groups=groups)
-        part = (weights[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+        part = (
+            weights[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")
+        )
         x = F.batch_norm(x, *part, eps=1e-3)
         return x.clamp(0, 6) if act else x
 

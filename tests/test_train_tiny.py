@@ -17,7 +17,8 @@ import tiny
 from eve_vlm import EveForConditionalGeneration, EveForPreTraining
 from eve_vlm.serve.engine import EveEngine
 from eve_vlm.train import run as run_module
-from eve_vlm.train.run import build_model, build_processor, describe, finished_run, train
+from eve_vlm.train.build import build_model, build_processor
+from eve_vlm.train.run import describe, finished_run, train
 from eve_vlm.train.trainer import EveTrainer
 
 OURS = ("model.vision_tower.", "model.multi_modal_projector.")
@@ -180,7 +181,9 @@ def test_three_stages_in_sequence(make, tmp_path, captions, teacher_folder):
 
 def test_no_checkpoint_holds_a_teacher(make, tmp_path, teacher_folder):
     train(make("training.save_strategy=steps", "training.save_steps=2", teacher=teacher_folder))
-    teacher = {weight.numel() for weight in load_file(teacher_folder / "model.safetensors").values()}
+    teacher = {
+        weight.numel() for weight in load_file(teacher_folder / "model.safetensors").values()
+    }
     assert teacher
     model = tiny.model(tiny.config(aligned=True))
     known = set(model.state_dict())
@@ -193,7 +196,10 @@ def test_high_definition_stage_pools_cells(make, tmp_path, captions, teacher_fol
     """Twice the side, four times the tokens, the same teacher cells."""
     train(make(name="before", data=captions, teacher=teacher_folder))
     recipe = make(
-        *(f"model.image.longest_edge={2 * tiny.EDGE}", f"model.image.size_multiple={2 * tiny.MULTIPLE}"),
+        *(
+            f"model.image.longest_edge={2 * tiny.EDGE}",
+            f"model.image.size_multiple={2 * tiny.MULTIPLE}",
+        ),
         name="hd",
         data=captions,
         init_from=tmp_path / "before",
@@ -329,7 +335,9 @@ def decoder(request, tmp_path):
     words = tiny.tokenizer()
     words.chat_template = None
     backend = json.loads(words._tokenizer.to_str())
-    backend["added_tokens"] = [one for one in backend["added_tokens"] if one["content"] != "<image>"]
+    backend["added_tokens"] = [
+        one for one in backend["added_tokens"] if one["content"] != "<image>"
+    ]
     backend["model"]["vocab"].pop("<image>")
     # Ids must run on without a gap.
     backend["model"]["vocab"] = {
@@ -397,6 +405,14 @@ def test_a_new_decoder_takes_its_words_from_the_data(make, tmp_path):
 def test_too_long_records_stop_the_run(make):
     text = refused(lambda: train(make("data.max_length=10")))
     assert "max_bad_share" in text and "max_length is 10" in text
+
+
+def test_a_short_run_of_bad_records_only_is_no_success(make, tmp_path):
+    """Too few for their share to be judged, but nothing was learnt."""
+    recipe = make("data.max_length=10", "training.max_steps=1")
+    text = refused(lambda: train(recipe))
+    assert "None of the 2 records could be used" in text and "max_length is 10" in text
+    assert finished_run(recipe) is None
 
 
 def test_missing_pictures_stop_the_run(make, tmp_path):
@@ -479,7 +495,9 @@ def test_meta_build_is_the_real_model(make, monkeypatch):
     seen = []
     plain = run_module.select_trainable
     monkeypatch.setattr(
-        run_module, "select_trainable", lambda model, stage: (seen.append(model), plain(model, stage))
+        run_module,
+        "select_trainable",
+        lambda model, stage: (seen.append(model), plain(model, stage)),
     )
     describe(recipe)
     (made,) = seen

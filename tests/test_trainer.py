@@ -147,9 +147,7 @@ def logged(trainer, key):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("aligned", [False, True])
-def test_a_step_is_the_same_however_it_is_cut(
-    data_file, tmp_path, teacher, aligned, checkpointing
-):
+def test_a_step_is_the_same_however_it_is_cut(data_file, tmp_path, teacher, aligned, checkpointing):
     """(8 x 1), (4 x 2), (2 x 4) and (1 x 8): with pictures, text only beside them and alone, aligned.
 
     One record a micro-batch makes some micro-batches text only, which must weigh nothing in the
@@ -404,7 +402,9 @@ def test_a_loss_that_is_no_number_stops_the_run(data_file, tmp_path, value):
     trainer = trainer_for(data_file, tmp_path, steps=4)
     with torch.no_grad():
         trainer.model.lm_head.weight.fill_(value)
-    with pytest.raises(ValueError, match=r"became (nan|inf) by step 1; lower stage\.learning_rates"):
+    with pytest.raises(
+        ValueError, match=r"became (nan|inf) by step 1; lower stage\.learning_rates"
+    ):
         trainer.train()
 
 

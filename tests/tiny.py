@@ -30,6 +30,12 @@ from eve_vlm.train.recipe import Recipe, load_recipe
 PATCH, MERGE, MULTIPLE, EDGE = 4, 2, 8, 32  # pixels; a picture is at most 4 x 4 cells, 21 tokens
 VISION_WIDTH, WIDTH, LAYERS = 24, 32, 3
 TEACHER_WIDTH = 16
+QUICKSTART_SEED, QUICKSTART_QUESTIONS = 1, 6
+QUICKSTART_OVERRIDES = (
+    "training.max_steps=2",
+    "training.per_device_train_batch_size=4",
+    "training.logging_steps=1",
+)
 QUESTIONS = (
     "What is this?",
     "How many red squares are there in the picture?",

@@ -44,7 +44,7 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Values of the recipe, e.g. training.max_steps=10."
+            metavar="KEY=VALUE", help="Values of the recipe, e.g. training.max_steps=10."
         ),
     ] = None,
     dry_run: Annotated[

@@ -143,7 +143,7 @@ def load_model(
 
 def load_processor(
     folder: str | Path, *, longest_edge: int | None = None, size_multiple: int | None = None
-):
+) -> EveProcessor:
     """Loads a saved processor, with other picture sizes where given."""
     try:
         processor = EveProcessor.from_pretrained(folder)

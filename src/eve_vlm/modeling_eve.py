@@ -96,8 +96,7 @@ class EveModel(EvePreTrainedModel):
         """Pictures as the decoder sees them.
 
         Returns:
-            `last_hidden_state` (N, D) packed, and `pooler_output`, a tuple with (tokens of picture
-            i, D) each.
+            `last_hidden_state` (N, D) packed, and `pooler_output`, one (tokens, D) per picture.
         """
         tokens = self.multi_modal_projector(self.vision_tower(pixel_values, image_grid_thw))
         sizes = tokens_of_pictures(image_grid_thw, self.config.vision_config.merge_size)
@@ -265,7 +264,7 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
 
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs
-    ):
+    ) -> BaseModelOutputWithPooling:
         """See `EveModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw)
 

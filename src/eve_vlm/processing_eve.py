@@ -5,7 +5,7 @@ library's; this class only says what one `<image>` becomes.  Easy to get wrong: 
 the row-end tokens are made by the patch embedding, so they are image placeholders too, not words.
 """
 
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .image_processing_eve import num_image_tokens
@@ -88,7 +88,9 @@ class EveProcessor(ProcessorMixin):
             chat_template = tokenizer.chat_template
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def validate_inputs(self, images=None, text=None, **kwargs):
+    def validate_inputs(
+        self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs
+    ) -> None:
         """Counts marks and pictures, which transformers 5.17 does not.
 
         Raises:

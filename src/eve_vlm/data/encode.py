@@ -8,11 +8,13 @@ its id and the reason; it is the caller who counts.
 Easy to get wrong: `<image>` is one token while the text is tokenised, and is repeated afterwards.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from eve_vlm.data.records import Record
 from eve_vlm.data.teacher_view import TeacherView
@@ -21,6 +23,7 @@ from eve_vlm.pictures import open_picture
 from eve_vlm.processing_eve import EveProcessor
 
 IGNORED = -100
+GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 class EncodedRecord(NamedTuple):
@@ -129,23 +132,35 @@ class Encoder:
         return text, [(len(head), len(text))]
 
     def _chat(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation, and where in it the answers with their end tokens are.
+        """The rendered conversation, and where in it the answers with their end tokens are."""
+        for message in messages:
+            if message["role"] == "assistant":
+                _check_answer(_text(message))
+        if not GENERATION.search(self.processor.chat_template):
+            return self._answers_by_prefix(messages)
+        # One rendering, in which the template itself marks the answers.
+        texts, marks = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=self.processor.chat_template,
+            return_assistant_tokens_mask=True,
+            **self.processor.tokenizer.special_tokens_map,
+        )
+        return texts[0], marks[0]
 
-        An answer is what rendering one more message adds behind the generation prompt.
-        """
+    def _answers_by_prefix(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """For templates without marks: an answer is what one more message adds to the rendering."""
         spans = []
         whole = self._render(messages, add_generation_prompt=False)
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            _check_answer(_text(message))
             before = self._render(messages[:index], add_generation_prompt=True)
             behind = self._render(messages[: index + 1], add_generation_prompt=False)
             if not (whole.startswith(behind) and behind.startswith(before)):
                 raise ValueError(
-                    "the chat template changes earlier turns when later ones are added, so "
-                    "answers cannot be "
-                    "found in it; give a template that only appends."
+                    "the chat template changes earlier turns when later ones are added, so answers "
+                    "cannot be found in it; give a template that only appends, or one that marks "
+                    "answers with {% generation %}."
                 )
             spans.append((len(before), len(behind.rstrip("\n"))))
         return whole, spans

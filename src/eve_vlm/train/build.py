@@ -1,0 +1,252 @@
+"""What a run is made of: records, processor, model, teacher; `run.py` puts them to work.
+
+Easy to get wrong: where a stage starts from a saved model, that model's own settings count, and
+what the recipe says of it must agree.
+"""
+
+import logging
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from eve_vlm.alignment_eve import EveForPreTraining
+from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
+from eve_vlm.data.records import Record
+from eve_vlm.data.sources import Mixture, build_source
+from eve_vlm.data.tokenizer import train_tokenizer
+from eve_vlm.image_processing_eve import EveImageProcessor
+from eve_vlm.loading import load_model, load_processor, require_model_folder
+from eve_vlm.modeling_eve import EveForConditionalGeneration
+from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE, EveProcessor
+from eve_vlm.train.recipe import Recipe
+from eve_vlm.train.teacher import FrozenTeacher
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_SAMPLE = 4096  # records whose words a new tokenizer is learnt from
+
+
+def build_processor(recipe: Recipe, records: Mixture) -> EveProcessor:
+    """The processor of the start, with the recipe's picture sizes; or a new one."""
+    image = recipe.model.image
+    if recipe.model.init_from is not None:
+        folder = require_model_folder(recipe.model.init_from)
+        return load_processor(
+            folder, longest_edge=image.longest_edge, size_multiple=image.size_multiple
+        )
+    name = recipe.model.tokenizer or recipe.model.decoder
+    if name is not None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The tokenizer {name!r} cannot be loaded ({str(error).splitlines()[0]}); give a "
+                "folder, or connect to the Hub."
+            ) from None
+        if "<image>" not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        template = tokenizer.chat_template or VICUNA_CHAT_TEMPLATE
+    else:
+        step = max(len(records) // TOKENIZER_SAMPLE, 1)
+        words = (_words(records[index]) for index in range(0, len(records), step))
+        vocab_size = (recipe.model.text_config or {}).get("vocab_size", 2048)
+        tokenizer = train_tokenizer(words, vocab_size=vocab_size)
+        template = tokenizer.chat_template
+    pictures = EveImageProcessor(**picture_settings(recipe))
+    return EveProcessor(pictures, tokenizer, chat_template=template)
+
+
+def build_model(
+    recipe: Recipe, processor: EveProcessor, teacher_width: int | None
+) -> EveForConditionalGeneration:
+    """The model of an earlier stage, a decoder with a new patch embedding, or a new one."""
+    section = recipe.model
+    dtype = getattr(torch, section.dtype)
+    if section.init_from is not None:
+        config = EveConfig.from_pretrained(section.init_from)
+        decoder_config(recipe)  # says if the recipe's text_config does not agree
+        _check_vision(recipe, config)
+        config.alignment_config = _alignment_config(recipe, teacher_width)
+        model = load_model(
+            section.init_from,
+            config=config,
+            dtype=dtype,
+            attn_implementation=section.attn_implementation,
+            new=[r"aligner\."],
+        )
+    else:
+        text_config = decoder_config(recipe)
+        text_config.setdefault("vocab_size", len(processor.tokenizer))
+        model = new_model(
+            recipe,
+            text_config,
+            image_token_id=processor.image_token_id,
+            teacher_width=teacher_width,
+        ).to(dtype)
+        if section.decoder is not None:
+            _copy_decoder(model, section.decoder, dtype)
+        model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+        model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    if isinstance(model, EveForPreTraining) and recipe.stage.alignment is not None:
+        model.alignment_weight = recipe.stage.alignment.weight
+    return model
+
+
+def new_model(
+    recipe: Recipe, text_config: dict, *, image_token_id: int, teacher_width: int | None
+) -> EveForConditionalGeneration:
+    """A model with new weights, of the training class where the stage aligns."""
+    vision = recipe.model.vision
+    config = EveConfig(
+        text_config=text_config,
+        vision_config=EveVisionConfig(
+            patch_size=vision.patch_size,
+            merge_size=vision.merge_size,
+            hidden_size=vision.hidden_size,
+            num_attention_heads=vision.num_attention_heads,
+        ),
+        alignment_config=_alignment_config(recipe, teacher_width),
+        image_token_id=image_token_id,
+    )
+    cls = EveForConditionalGeneration if config.alignment_config is None else EveForPreTraining
+    return cls._from_config(config, attn_implementation=recipe.model.attn_implementation)
+
+
+def decoder_config(recipe: Recipe, *, start: bool = True) -> dict:
+    """Settings of the decoder: those of the start, which `model.text_config` must agree with.
+
+    Without a readable start (`start=False`, for a dry run) `model.text_config` alone is taken.
+    """
+    section = recipe.model
+    expected = dict(section.text_config or {})
+    found: dict = {}
+    if start and section.decoder is not None:
+        try:
+            found = AutoConfig.from_pretrained(section.decoder).to_dict()
+        except OSError as error:
+            raise ValueError(
+                f"The decoder {section.decoder!r} cannot be loaded "
+                f"({str(error).splitlines()[0]}); give a folder, or connect to the Hub."
+            ) from None
+    elif start and section.init_from is not None:
+        folder = require_model_folder(section.init_from)
+        found = EveConfig.from_pretrained(folder).text_config.to_dict()
+    elif not expected:
+        raise ValueError(
+            f"{section.init_from or section.decoder} is not at hand and model.text_config does not "
+            "say its shape; run the stage before first, or add model.text_config."
+        )
+    for name, value in expected.items():
+        if name in found and found[name] != value:
+            raise ValueError(
+                f"model.text_config.{name} is {value} in the recipe but {found[name]} in "
+                f"{section.init_from or section.decoder}; make the two agree."
+            )
+    return expected | found
+
+
+def _copy_decoder(model: EveForConditionalGeneration, name: str, dtype: torch.dtype) -> None:
+    """Puts a language model's weights into the new model."""
+    decoder = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model.model.language_model.load_state_dict(decoder.base_model.state_dict())
+    model.lm_head.load_state_dict(decoder.get_output_embeddings().state_dict())
+    model.tie_weights()
+    model.generation_config = decoder.generation_config
+
+
+def _alignment_config(recipe: Recipe, teacher_width: int | None) -> EveAlignmentConfig | None:
+    if recipe.stage.alignment is None:
+        return None
+    vision, image = recipe.model.vision, recipe.model.image
+    return EveAlignmentConfig(
+        teacher_hidden_size=teacher_width,
+        tap_every=recipe.stage.alignment.tap_every,
+        num_attention_heads=vision.num_attention_heads,
+        pool_size=image.size_multiple // (vision.patch_size * vision.merge_size),
+    )
+
+
+def _check_vision(recipe: Recipe, config: EveConfig) -> None:
+    for name in ("patch_size", "merge_size", "hidden_size", "num_attention_heads"):
+        wanted, found = getattr(recipe.model.vision, name), getattr(config.vision_config, name)
+        if wanted != found:
+            raise ValueError(
+                f"model.vision.{name} is {wanted} in the recipe but {found} in "
+                f"{recipe.model.init_from}; "
+                "make the recipe agree with the model that it starts from."
+            )
+
+
+def build_records(recipe: Recipe) -> Mixture:
+    """All sources of the recipe as one."""
+    sources = [
+        build_source(
+            source.kind,
+            path=source.path,
+            image_folder=source.image_folder,
+            options=source.options,
+            seed=recipe.seed,
+        )
+        for source in recipe.data.sources
+    ]
+    return Mixture(sources, [source.weight for source in recipe.data.sources])
+
+
+def build_teacher(recipe: Recipe) -> FrozenTeacher | None:
+    """The frozen teacher, or None where the stage does not align."""
+    alignment = recipe.stage.alignment
+    if alignment is None:
+        return None
+    return FrozenTeacher.from_pretrained(
+        alignment.teacher, cells=_cells(recipe), layer=alignment.layer
+    )
+
+
+def teacher_width_or_usual(recipe: Recipe) -> int | None:
+    """The teacher's width for a dry run; CLIP-L's 1024 where the teacher cannot be read."""
+    try:
+        teacher = build_teacher(recipe)
+    except ValueError as error:
+        logger.warning("%s Its width is taken to be 1024.", error)
+        return 1024
+    return None if teacher is None else teacher.hidden_size
+
+
+def _cells(recipe: Recipe) -> int:
+    return recipe.model.image.longest_edge // recipe.model.image.size_multiple
+
+
+def picture_settings(recipe: Recipe) -> dict:
+    """What the recipe says to the image processor."""
+    vision, image = recipe.model.vision, recipe.model.image
+    return {
+        "size": {"longest_edge": image.longest_edge},
+        "size_multiple": image.size_multiple,
+        "patch_size": vision.patch_size,
+        "merge_size": vision.merge_size,
+    }
+
+
+def _words(record: Record) -> str:
+    """All that is said in a record, in one line: every word with the blank that it will have."""
+    texts = [
+        part["text"]
+        for message in record.messages
+        for part in message["content"]
+        if part["type"] == "text"
+    ]
+    return " ".join(texts)
+
+
+__all__ = [
+    "build_model",
+    "build_processor",
+    "build_records",
+    "build_teacher",
+    "decoder_config",
+    "new_model",
+    "picture_settings",
+    "teacher_width_or_usual",
+]

@@ -1,0 +1,99 @@
+"""Every command block in the README and the documents is run, or checked where running takes minutes.
+
+The blocks run in one folder, in order, beside a picture and a quickstart run of two steps; so what they
+print is not judged here, only that they work as written. One thing a reader would get wrong: `make`
+lines are checked against the Makefile, because `make demo` takes ten minutes.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(kind: str) -> list[tuple[str, str]]:
+    """(page, text) of every code block of the kind."""
+    return [
+        (page.name, text)
+        for page in PAGES
+        for found, text in BLOCK.findall(page.read_text(encoding="utf-8"))
+        if found == kind
+    ]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every command line, without its comment."""
+    return [
+        (page, words)
+        for page, text in blocks("bash")
+        for line in text.splitlines()
+        if (words := shlex.split(line, comments=True))
+    ]
+
+
+EVE = list(dict.fromkeys((page, shlex.join(words)) for page, words in commands() if words[0] == "eve"))
+
+
+@pytest.fixture(scope="module")
+def folder(quickstart, tmp_path_factory):
+    """Where a reader stands: a picture, and the last quickstart run below `runs`."""
+    here = tmp_path_factory.mktemp("reader")
+    (here / "runs").mkdir()
+    (here / "runs" / "quickstart").symlink_to(quickstart, target_is_directory=True)
+    Image.new("RGB", (90, 60), "orange").save(here / "picture.png")
+    return here
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    """Runs a command in the folder, with this environment's programs first."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+
+
+def test_blocks_were_found():
+    assert len(EVE) >= 5 and len(blocks("python")) >= 2
+
+
+@pytest.mark.parametrize(("page", "line"), EVE, ids=[line for _, line in EVE])
+def test_eve_commands_work(folder, page, line):
+    result = run(folder, *shlex.split(line))
+    assert result.returncode == 0, f"{page}: {line}\n{result.stderr[-2000:]}"
+    assert result.stdout.strip()
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("python"))
+def test_python_blocks_work(folder, page, text):
+    result = run(folder, sys.executable, "-c", text)
+    assert result.returncode == 0, f"{page}:\n{text}\n{result.stderr[-2000:]}"
+    assert result.stdout.strip()
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {words[1] for _, words in commands() if words[0] == "make"}
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_extras_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installs = [words[-1] for _, words in commands() if words[:2] == ["pip", "install"]]
+    assert installs
+    for what in installs:
+        for extra in re.findall(r"\[(.*)\]", what)[0].split(","):
+            assert extra in extras
+
+
+def test_every_command_is_of_a_known_kind():
+    assert {words[0] for _, words in commands()} <= {"make", "pip", "eve", "torchrun"}
