@@ -15,10 +15,10 @@ demo: $(INSTALLED)  ## train the quickstart model and let it answer (about ten m
 	$(BIN)/eve quickstart
 
 test: $(INSTALLED)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(INSTALLED)  ## all tests
-	$(BIN)/python -m pytest -n 2 --slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile --slow
 
 check: $(INSTALLED)  ## formatter, linter, types
 	$(BIN)/ruff format --check src tests
