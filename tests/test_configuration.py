@@ -89,3 +89,18 @@ def test_impossible_values_are_refused(make, parts):
         make()
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("gemma2", "final_logit_softcapping"),
+        ("granite", "logits_scaling"),
+        ("cohere", "logit_scale"),
+    ],
+)
+def test_decoders_that_change_their_logits_are_refused(model_type, name):
+    """Their own heads do more than a matrix product; leaving that out would be silently wrong."""
+    settings = {"logits_scaling": 8.0} if model_type == "granite" else {}
+    with pytest.raises(ValueError, match=rf"text_config\.{name} is .* not supported"):
+        EveConfig(text_config={"model_type": model_type, **settings})

@@ -107,6 +107,7 @@ class EveConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.text_config = _text_config(self.text_config)
+        _check_head(self.text_config)
         if self.vision_config is None:
             self.vision_config = EveVisionConfig()
         elif isinstance(self.vision_config, dict):
@@ -133,11 +134,29 @@ def _text_config(given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
         if model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"text_config.model_type is {model_type!r}, which the installed transformers does "
-                "not know; "
-                "give a decoder-only model type such as 'llama' or 'qwen3'."
+                "not know; give a decoder-only model type such as 'llama' or 'qwen3'."
             )
         return CONFIG_MAPPING[model_type](**given)
     return given
+
+
+# What some decoders (Gemma 2, Granite, Cohere) do to logits behind the head; values that do nothing.
+LOGIT_SETTINGS = {
+    "final_logit_softcapping": (None,),
+    "logits_scaling": (None, 1),
+    "logit_scale": (None, 1),
+}
+
+
+def _check_head(text_config: PreTrainedConfig) -> None:
+    """Refuses decoders whose head is more than one matrix product: left out, it would be wrong."""
+    settings = text_config.to_dict()
+    for name, neutral in LOGIT_SETTINGS.items():
+        if settings.get(name) not in neutral:
+            raise ValueError(
+                f"text_config.{name} is {settings[name]}: this decoder changes its logits behind "
+                "the language head, which is not supported; take a decoder that does not."
+            )
 
 
 __all__ = ["EveAlignmentConfig", "EveConfig", "EveVisionConfig"]
