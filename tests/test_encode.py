@@ -19,7 +19,7 @@ from eve_vlm.processing_eve import SHORT_CHAT_TEMPLATE, VICUNA_CHAT_TEMPLATE
 # In the manner of SmolLM2's: a default system sentence, and turns that end in a line break.
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful AI assistant.<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}"

@@ -140,7 +140,7 @@ def _text_config(given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     return given
 
 
-# What some decoders (Gemma 2, Granite, Cohere) do to logits behind the head; values that do nothing.
+# What some decoders (Gemma 2, Granite, Cohere) do to logits behind the head; values of no effect.
 LOGIT_SETTINGS = {
     "final_logit_softcapping": (None,),
     "logits_scaling": (None, 1),
