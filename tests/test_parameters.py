@@ -186,7 +186,8 @@ def test_every_shipped_recipe_chooses_what_its_stage_says(file, tied):
     names = select_trainable(tree, chosen)
     tops = {".".join(name.split(".")[:2]) if name.startswith("model.") else name.split(".")[0]
             for name in names}  # fmt: skip
-    vision = {"model.vision_tower", "model.multi_modal_projector", "aligner"}
+    vision = {"model.vision_tower", "model.multi_modal_projector"}
+    vision |= {"aligner"} if chosen.alignment else set()
     head = set() if tied else {"lm_head"}
     assert (
         tops
