@@ -5,6 +5,7 @@ go either way; the models here have large weights, which keeps the best two far 
 """
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -15,18 +16,12 @@ from eve_vlm import num_image_tokens
 from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM
 from eve_vlm.serve.engine import EveEngine, user_message
 
+refused = partial(tiny.refused, end=".")
+
 
 @pytest.fixture(scope="module")
 def engine():
     return EveEngine(tiny.model(), tiny.processor())
-
-
-def refused(action) -> str:
-    with pytest.raises(ValueError) as caught:
-        action()
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith(".")
-    return text
 
 
 def random_question(rng):

@@ -16,6 +16,7 @@ from PIL import Image
 
 import tiny
 from eve_vlm import quickstart as module
+from eve_vlm.data.records import text_of
 from eve_vlm.data.scene_source import SceneSource
 from eve_vlm.quickstart import (
     FAMILY_TITLES,
@@ -240,7 +241,7 @@ class Told:
     ],
 )
 def test_accuracy_counts_exact_answers(quickstart, monkeypatch, say, accuracy):
-    monkeypatch.setattr(module, "_question", lambda record: module._text(record.messages[1]))
+    monkeypatch.setattr(module, "_question", lambda record: text_of(record.messages[1]).strip())
     result = Quickstart(seed=0, parameters=1, image_tokens=1, stages={})
     recipe = load_recipe(f"tiny/{STAGES[-1]}")
     module._evaluate(Told(say), recipe, result, 20)

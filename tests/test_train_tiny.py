@@ -63,14 +63,6 @@ def make(tmp_path, conversations):
     return made
 
 
-def refused(action) -> str:
-    with pytest.raises(ValueError) as caught:
-        action()
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
 # --- what a run does ------------------------------------------------------------------------------
 
 
@@ -291,7 +283,7 @@ def test_an_unfinished_run_is_not_overwritten(make, monkeypatch, tmp_path):
         stop_at(patch, 4)
         with pytest.raises(Stopped):
             train(recipe)
-    text = refused(lambda: train(recipe))
+    text = tiny.refused(lambda: train(recipe))
     assert "unfinished" in text and "--resume" in text and str(tmp_path / "run") in text
 
 
@@ -299,7 +291,7 @@ def test_an_unfinished_run_is_not_overwritten(make, monkeypatch, tmp_path):
 def test_a_different_run_is_refused(make, tmp_path, resume):
     train(make("training.max_steps=1"))
     before = weights_of(tmp_path / "run")
-    text = refused(lambda: train(make("training.max_steps=2"), resume=resume))
+    text = tiny.refused(lambda: train(make("training.max_steps=2"), resume=resume))
     assert "different run" in text and str(tmp_path / "run") in text
     assert_equal(weights_of(tmp_path / "run"), before)
     assert finished_run(make("training.max_steps=2")) is None
@@ -309,13 +301,13 @@ def test_a_different_run_is_refused(make, tmp_path, resume):
 def test_a_finished_run_is_refused(make, resume):
     recipe = make("training.max_steps=1")
     train(recipe)
-    assert "finished" in refused(lambda: train(recipe, resume=resume))
+    assert "finished" in tiny.refused(lambda: train(recipe, resume=resume))
 
 
 def test_a_folder_with_other_files_is_refused(make, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "holiday.jpg").write_text("x")
-    assert "holds other files and no run" in refused(lambda: train(make()))
+    assert "holds other files and no run" in tiny.refused(lambda: train(make()))
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["holiday.jpg"]
 
 
@@ -403,14 +395,14 @@ def test_a_new_decoder_takes_its_words_from_the_data(make, tmp_path):
 
 
 def test_too_long_records_stop_the_run(make):
-    text = refused(lambda: train(make("data.max_length=10")))
+    text = tiny.refused(lambda: train(make("data.max_length=10")))
     assert "max_bad_share" in text and "max_length is 10" in text
 
 
 def test_a_short_run_of_bad_records_only_is_no_success(make, tmp_path):
     """Too few for their share to be judged, but nothing was learnt."""
     recipe = make("data.max_length=10", "training.max_steps=1")
-    text = refused(lambda: train(recipe))
+    text = tiny.refused(lambda: train(recipe))
     assert "None of the 2 records could be used" in text and "max_length is 10" in text
     assert finished_run(recipe) is None
 
@@ -419,28 +411,28 @@ def test_missing_pictures_stop_the_run(make, tmp_path):
     file = tiny.llava_file(tmp_path / "gone", captions=True)
     for picture in (tmp_path / "gone").glob("*.png"):
         picture.unlink()
-    text = refused(lambda: train(make(data=file)))
+    text = tiny.refused(lambda: train(make(data=file)))
     assert "cannot be used" in text and ".png is not a file" in text
 
 
 def test_a_start_that_is_not_there(make, tmp_path):
-    text = refused(lambda: train(make(init_from=tmp_path / "nowhere")))
+    text = tiny.refused(lambda: train(make(init_from=tmp_path / "nowhere")))
     assert str(tmp_path / "nowhere") in text and "no model" in text
 
 
 def test_a_decoder_that_is_not_there(make, tmp_path):
     for where in (str(tmp_path / "nowhere"), "nobody/nothing"):
         recipe = make(f"model.decoder={where}", "model.text_config=null")
-        assert where in refused(lambda recipe=recipe: train(recipe))
+        assert where in tiny.refused(lambda recipe=recipe: train(recipe))
 
 
 def test_a_tokenizer_that_is_not_there(make, tmp_path):
-    text = refused(lambda: train(make(f"model.tokenizer={tmp_path / 'nowhere'}")))
+    text = tiny.refused(lambda: train(make(f"model.tokenizer={tmp_path / 'nowhere'}")))
     assert str(tmp_path / "nowhere") in text
 
 
 def test_a_teacher_that_is_not_there(make, tmp_path):
-    text = refused(lambda: train(make(teacher=tmp_path / "nowhere")))
+    text = tiny.refused(lambda: train(make(teacher=tmp_path / "nowhere")))
     assert "The teacher" in text and str(tmp_path / "nowhere") in text
 
 
@@ -449,27 +441,27 @@ def test_a_teacher_that_is_not_there(make, tmp_path):
     [("patch_size", 2), ("hidden_size", 48), ("num_attention_heads", 4), ("merge_size", 1)],
 )
 def test_another_vision_than_the_start_has_is_refused(make, saved_model, key, value):
-    text = refused(lambda: train(make(f"model.vision.{key}={value}", init_from=saved_model)))
+    text = tiny.refused(lambda: train(make(f"model.vision.{key}={value}", init_from=saved_model)))
     assert f"model.vision.{key} is {value} in the recipe" in text
 
 
 def test_a_tap_distance_beyond_the_decoder_is_refused(make, teacher_folder):
     recipe = make("stage.alignment.tap_every=9", teacher=teacher_folder)
-    assert "tap_every (9)" in refused(lambda: train(recipe))
+    assert "tap_every (9)" in tiny.refused(lambda: train(recipe))
 
 
 def test_globs_that_match_nothing_are_refused(make):
-    text = refused(lambda: train(make("stage.trainable=['model.vision_towr.*']")))
+    text = tiny.refused(lambda: train(make("stage.trainable=['model.vision_towr.*']")))
     assert "'model.vision_towr.*' matches no parameter" in text
 
 
 def test_unknown_attention_is_refused(make):
-    text = refused(lambda: train(make("model.attn_implementation=flash")))
+    text = tiny.refused(lambda: train(make("model.attn_implementation=flash")))
     assert "flash" in text
 
 
 def test_unknown_decoder_type_is_refused(make):
-    assert "'lama'" in refused(lambda: train(make("model.text_config.model_type=lama")))
+    assert "'lama'" in tiny.refused(lambda: train(make("model.text_config.model_type=lama")))
 
 
 # --- dry run --------------------------------------------------------------------------------------
@@ -486,7 +478,9 @@ def test_describe_reads_the_start_where_there_is_one(make, tmp_path, saved_model
     text = describe(make(init_from=saved_model))
     count = tiny.model().num_parameters()
     assert f"{count:,} parameters: {count:,} trained" in text
-    assert "later holds no model" in refused(lambda: describe(make(init_from=tmp_path / "later")))
+    assert "later holds no model" in tiny.refused(
+        lambda: describe(make(init_from=tmp_path / "later"))
+    )
 
 
 def test_meta_build_is_the_real_model(make, monkeypatch):

@@ -6,10 +6,12 @@ model answers every picture alike, and then no test can tell one picture from an
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from PIL import Image
@@ -224,3 +226,12 @@ def recipe(file: Path, data: dict[str, Any], *overrides: str) -> Recipe:
     """Writes `data` as YAML to `file` and loads it as `eve train` would."""
     file.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     return load_recipe(file, overrides)
+
+
+def refused(action: Callable[[], object], *, end: str = "") -> str:
+    """The message of the ValueError that `action` must raise: one line, with this end."""
+    with pytest.raises(ValueError) as caught:
+        action()
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(end)
+    return text

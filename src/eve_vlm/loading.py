@@ -70,7 +70,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The library's messages run over several lines; the first says what happened."""
     return str(error).strip().splitlines()[0].rstrip(".")
 
@@ -91,7 +91,7 @@ def require_model_folder(folder: str | Path) -> Path:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder}/config.json cannot be read ({_first_line(error)}); copy or save the model "
+            f"{folder}/config.json cannot be read ({first_line(error)}); copy or save the model "
             "again."
         ) from None
     if not isinstance(config, EveConfig):
@@ -133,7 +133,7 @@ def load_model(
             )
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"The weights in {folder} cannot be read ({_first_line(error)}); copy or save them "
+            f"The weights in {folder} cannot be read ({first_line(error)}); copy or save them "
             "again."
         ) from None
     _check_shapes(folder, report["mismatched_keys"])
@@ -149,7 +149,7 @@ def load_processor(
         processor = EveProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder} holds no processor that can be read ({_first_line(error)}); save one there "
+            f"{folder} holds no processor that can be read ({first_line(error)}); save one there "
             "with processor.save_pretrained."
         ) from None
     pictures = processor.image_processor
@@ -161,4 +161,4 @@ def load_processor(
     return processor
 
 
-__all__ = ["check_loaded", "load_model", "load_processor", "require_model_folder"]
+__all__ = ["check_loaded", "first_line", "load_model", "load_processor", "require_model_folder"]

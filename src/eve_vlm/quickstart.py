@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from eve_vlm.data.pictograms import attribution, load_pictograms
-from eve_vlm.data.records import Record
+from eve_vlm.data.records import Record, text_of
 from eve_vlm.data.scene_source import SceneSource, cache_folder
 from eve_vlm.data.scenes import SceneDataset
 from eve_vlm.image_processing_eve import num_image_tokens
@@ -66,6 +66,11 @@ class Example:
     answer: str
     truth: str
 
+    @property
+    def right(self) -> bool:
+        """Whether the answer is the truth, whatever their case."""
+        return self.answer.strip().lower() == self.truth.strip().lower()
+
 
 @dataclass(kw_only=True, slots=True)
 class Quickstart:
@@ -108,10 +113,11 @@ def run_quickstart(
         stages[recipe.stage.name] = finished_run(recipe) or train(recipe, resume=True)
     trained = time.perf_counter()
     engine = EveEngine.from_pretrained(recipes[-1].output_dir)
+    square = engine.processor.image_processor.grid_of(1, 1)
     result = Quickstart(
         seed=seed,
         parameters=engine.model.num_parameters(),
-        image_tokens=_image_tokens(recipes[-1]),
+        image_tokens=num_image_tokens(square.rows, square.cols),
         stages=stages,
         credit=attribution(),
     )
@@ -174,12 +180,6 @@ def _stage_recipe(name: str, output: Path, seed: int, overrides: tuple[str, ...]
     return load_recipe(f"tiny/{name}", [*ours, *overrides])
 
 
-def _image_tokens(recipe: Recipe) -> int:
-    cell = recipe.model.vision.patch_size * recipe.model.vision.merge_size
-    side = recipe.model.image.longest_edge // cell
-    return num_image_tokens(side, side)
-
-
 def _evaluate(engine: EveEngine, recipe: Recipe, result: Quickstart, questions: int) -> None:
     """Asks about held-out and unseen scenes of every family of the last stage."""
     # As in training, but one question for each picture, so that every answer stands by itself.
@@ -195,7 +195,7 @@ def _evaluate(engine: EveEngine, recipe: Recipe, result: Quickstart, questions: 
         dynamic_ncols=True,
     )
     for family in families:
-        hits, rows = {}, []
+        hits = {}
         for split in ("held_out", "unseen"):
             scenes = SceneSource.from_options(
                 {
@@ -207,7 +207,7 @@ def _evaluate(engine: EveEngine, recipe: Recipe, result: Quickstart, questions: 
                 seed=recipe.seed,
             ).scenes
             rows = _answers(engine, scenes, bar.update)
-            hits[split] = sum(_same(row.answer, row.truth) for row in rows) / len(rows)
+            hits[split] = sum(row.right for row in rows) / len(rows)
             if split == "held_out":
                 counted = Counter(row.truth for row in rows)
                 result.examples += rows[:SHOWN_PER_FAMILY]
@@ -242,9 +242,9 @@ def _answers(
                 Example(
                     picture=picture,
                     family=record.family,
-                    question=_text(record.messages[0]),
+                    question=text_of(record.messages[0]).strip(),
                     answer=answer,
-                    truth=_text(record.messages[1]),
+                    truth=text_of(record.messages[1]).strip(),
                 )
             )
         advance(len(records))
@@ -258,14 +258,6 @@ def _question(record: Record) -> list[dict]:
         for part in record.messages[0]["content"]
     ]
     return [{"role": "user", "content": content}]
-
-
-def _text(message: dict) -> str:
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
-
-
-def _same(answer: str, truth: str) -> bool:
-    return answer.strip().lower() == truth.strip().lower()
 
 
 def _summary(output: Path, result: Quickstart) -> str:

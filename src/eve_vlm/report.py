@@ -31,7 +31,7 @@ def write_report(path: Path, run: "Quickstart") -> None:
             "question": example.question,
             "answer": example.answer,
             "truth": example.truth,
-            "right": example.answer.lower() == example.truth.lower(),
+            "right": example.right,
         }
         for example in run.examples
     ]

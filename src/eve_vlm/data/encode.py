@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from eve_vlm.data.records import Record
+from eve_vlm.data.records import Record, parts_of, text_of
 from eve_vlm.data.teacher_view import TeacherView
 from eve_vlm.image_processing_eve import num_image_tokens, to_rgb
 from eve_vlm.pictures import open_picture
@@ -116,8 +116,10 @@ class Encoder:
 
         The user's words are not used, as published; without a picture they stand in its place.
         """
-        pictures = sum(part["type"] == "image" for message in messages for part in _parts(message))
-        answers = [_text(message) for message in messages if message["role"] == "assistant"]
+        pictures = sum(
+            part["type"] == "image" for message in messages for part in parts_of(message)
+        )
+        answers = [text_of(message) for message in messages if message["role"] == "assistant"]
         if len(answers) != 1 or len(messages) > 2:
             raise ValueError(
                 "the plain format takes one caption for its pictures; use format 'chat'."
@@ -126,7 +128,7 @@ class Encoder:
         tokenizer = self.processor.tokenizer
         place = self.processor.image_token * pictures
         if not pictures:
-            place = "".join(_text(message) for message in messages if message["role"] == "user")
+            place = "".join(text_of(message) for message in messages if message["role"] == "user")
         head = (tokenizer.bos_token or "") + place
         text = head + answers[0] + "\n"
         return text, [(len(head), len(text))]
@@ -135,7 +137,7 @@ class Encoder:
         """The rendered conversation, and where in it the answers with their end tokens are."""
         for message in messages:
             if message["role"] == "assistant":
-                _check_answer(_text(message))
+                _check_answer(text_of(message))
         if not GENERATION.search(self.processor.chat_template):
             return self._answers_by_prefix(messages)
         # One rendering, in which the template itself marks the answers.
@@ -222,15 +224,6 @@ class Encoder:
             for image, grid in zip(images, grids, strict=True)
         ]
         return np.stack(views) if views else np.empty((0, view.size, view.size, 3), np.uint8)
-
-
-def _parts(message: dict) -> list[dict]:
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _text(message: dict) -> str:
-    return "".join(part["text"] for part in _parts(message) if part["type"] == "text")
 
 
 def _check_answer(answer: str) -> None:

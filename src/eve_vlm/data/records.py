@@ -29,4 +29,15 @@ class Record:
     """How it is rendered for training (see `Encoder`); None leaves that to the stage."""
 
 
-__all__ = ["Record"]
+def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message, whose content may also be a plain text."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """All that a message says, without its pictures."""
+    return "".join(part["text"] for part in parts_of(message) if part["type"] == "text")
+
+
+__all__ = ["Record", "parts_of", "text_of"]

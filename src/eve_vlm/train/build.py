@@ -5,17 +5,18 @@ what the recipe says of it must agree.
 """
 
 import logging
+from dataclasses import asdict
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eve_vlm.alignment_eve import EveForPreTraining
 from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
-from eve_vlm.data.records import Record
+from eve_vlm.data.records import Record, parts_of
 from eve_vlm.data.sources import Mixture, build_source
 from eve_vlm.data.tokenizer import train_tokenizer
 from eve_vlm.image_processing_eve import EveImageProcessor
-from eve_vlm.loading import load_model, load_processor, require_model_folder
+from eve_vlm.loading import first_line, load_model, load_processor, require_model_folder
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE, EveProcessor
 from eve_vlm.train.recipe import Recipe
@@ -40,7 +41,7 @@ def build_processor(recipe: Recipe, records: Mixture) -> EveProcessor:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"The tokenizer {name!r} cannot be loaded ({str(error).splitlines()[0]}); give a "
+                f"The tokenizer {name!r} cannot be loaded ({first_line(error)}); give a "
                 "folder, or connect to the Hub."
             ) from None
         if "<image>" not in tokenizer.get_vocab():
@@ -98,15 +99,9 @@ def new_model(
     recipe: Recipe, text_config: dict, *, image_token_id: int, teacher_width: int | None
 ) -> EveForConditionalGeneration:
     """A model with new weights, of the training class where the stage aligns."""
-    vision = recipe.model.vision
     config = EveConfig(
         text_config=text_config,
-        vision_config=EveVisionConfig(
-            patch_size=vision.patch_size,
-            merge_size=vision.merge_size,
-            hidden_size=vision.hidden_size,
-            num_attention_heads=vision.num_attention_heads,
-        ),
+        vision_config=EveVisionConfig(**asdict(recipe.model.vision)),
         alignment_config=_alignment_config(recipe, teacher_width),
         image_token_id=image_token_id,
     )
@@ -128,7 +123,7 @@ def decoder_config(recipe: Recipe, *, start: bool = True) -> dict:
         except OSError as error:
             raise ValueError(
                 f"The decoder {section.decoder!r} cannot be loaded "
-                f"({str(error).splitlines()[0]}); give a folder, or connect to the Hub."
+                f"({first_line(error)}); give a folder, or connect to the Hub."
             ) from None
     elif start and section.init_from is not None:
         folder = require_model_folder(section.init_from)
@@ -169,8 +164,8 @@ def _alignment_config(recipe: Recipe, teacher_width: int | None) -> EveAlignment
 
 
 def _check_vision(recipe: Recipe, config: EveConfig) -> None:
-    for name in ("patch_size", "merge_size", "hidden_size", "num_attention_heads"):
-        wanted, found = getattr(recipe.model.vision, name), getattr(config.vision_config, name)
+    for name, wanted in asdict(recipe.model.vision).items():
+        found = getattr(config.vision_config, name)
         if wanted != found:
             raise ValueError(
                 f"model.vision.{name} is {wanted} in the recipe but {found} in "
@@ -234,7 +229,7 @@ def _words(record: Record) -> str:
     texts = [
         part["text"]
         for message in record.messages
-        for part in message["content"]
+        for part in parts_of(message)
         if part["type"] == "text"
     ]
     return " ".join(texts)

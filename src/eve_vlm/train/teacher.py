@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from eve_vlm.data.teacher_view import TeacherView
+from eve_vlm.loading import first_line
 from eve_vlm.train.efficientnet_lite import load_efficientnet_lite0
 
 EFFICIENTNET = "efficientnet-lite0"
@@ -80,7 +81,7 @@ class FrozenTeacher:
             settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
         except OSError as error:
             raise ValueError(
-                f"The teacher {name!r} cannot be loaded ({str(error).splitlines()[0]}); give a "
+                f"The teacher {name!r} cannot be loaded ({first_line(error)}); give a "
                 "Hugging Face vision "
                 f"model's folder or name, or {EFFICIENTNET!r}, or set stage.alignment to null."
             ) from None
