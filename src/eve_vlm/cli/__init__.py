@@ -1,0 +1,58 @@
+"""The command `eve`.  Each command only reads its arguments and calls what does the work.
+
+Whatever a user can mend ends as one sentence and exit code 2; `EVE_DEBUG=1` shows the traceback
+too. What only one command needs is imported inside it.
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .asking import ask
+from .training import quickstart, train
+
+app = typer.Typer(
+    help="Encoder-free vision-language models: train them in three stages and ask them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from eve_vlm import __version__
+
+        typer.echo(f"eve-vlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# In the order of `eve --help`.
+COMMANDS = (train, quickstart, ask)
+for command in COMMANDS:
+    app.command()(command)
+
+
+def main() -> None:
+    """Runs the command line; user errors are one sentence and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("EVE_DEBUG"):
+            raise
+        typer.echo(f"eve: {error}", err=True)
+        sys.exit(2)
+
+
+__all__ = ["app", "main"]
