@@ -27,16 +27,13 @@ from eve_vlm import (
     EveVisionConfig,
     num_image_tokens,
 )
-from eve_vlm.convert_eve_weights_to_hf import (
-    config_from_published,
-    convert_state_dict,
-    image_processor_from_published,
-    rename_weight,
-    tokenizer_from_published,
-)
+from eve_vlm.convert_eve_weights_to_hf import convert_state_dict
 from eve_vlm.data.records import Record
 from eve_vlm.data.sources import LlavaSource
 from eve_vlm.image_processing_eve import to_rgb
+from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE
+from eve_vlm.published_eve import image_settings, nested_config, rename_weight
+from eve_vlm.published_tokenizer_eve import published_tokenizer
 
 PLACEHOLDER = -200  # the published mark of a picture
 IGNORED = -100
@@ -48,7 +45,7 @@ IGNORED = -100
 @functools.cache
 def image_processor(name: str) -> EveImageProcessor:
     """Our processor for a published processor folder."""
-    return image_processor_from_published(golden.processors()[name])
+    return EveImageProcessor(**image_settings(golden.processors()[name]))
 
 
 def open_pictures(names: list[str]) -> list[Image.Image]:
@@ -111,7 +108,7 @@ def inference_model(folder: Path) -> EveForConditionalGeneration:
     """Our model with a folder's weights; shared, so nobody may change it."""
     config = published_config(folder)
     model = EveForConditionalGeneration(
-        config_from_published(config, golden.processors()[config["mm_vision_tower"]])
+        EveConfig(**nested_config(config, golden.processors()[config["mm_vision_tower"]]))
     )
     load(model, golden.published_weights(folder), aligner=False)
     return model.eval()
@@ -121,10 +118,12 @@ def training_model(case: golden.Training) -> EveForPreTraining:
     """Our training model with a case's weights; a new one every time."""
     weights = golden.published_weights(case.model, training=True)
     width = golden.read_json(golden.FOLDER / case.info["teacher"] / "config.json")["hidden_size"]
-    config = config_from_published(
-        published_config(case.model, "config.json"),
-        golden.processors()[case.info["image_processor"]],
-        teacher_hidden_size=width,
+    config = EveConfig(
+        **nested_config(
+            published_config(case.model, "config.json"),
+            golden.processors()[case.info["image_processor"]],
+            teacher_hidden_size=width,
+        )
     )
     model = EveForPreTraining(config)
     load(model, weights, aligner=True)
@@ -163,7 +162,8 @@ def our_name(published: str) -> str:
 @functools.cache
 def tokenizer() -> Any:
     """Our tokenizer, with `<image>` in its vocabulary."""
-    return tokenizer_from_published(golden.FOLDER / "tokenizer")
+    file = golden.FOLDER / "tokenizer" / "tokenizer.json"
+    return published_tokenizer(file, chat_template=VICUNA_CHAT_TEMPLATE)
 
 
 @functools.cache

@@ -37,10 +37,10 @@ from eve_vlm import (
     num_image_tokens,
 )
 from eve_vlm.alignment_eve import alignment_loss, cells_per_image
-from eve_vlm.convert_eve_weights_to_hf import rename_weight
 from eve_vlm.data.collator import EveCollator
 from eve_vlm.data.encode import Encoder
 from eve_vlm.image_processing_eve import to_rgb
+from eve_vlm.published_eve import rename_weight
 from eve_vlm.train.parameters import optimizer_groups, select_trainable
 from eve_vlm.train.recipe import StageSection
 from eve_vlm.train.teacher import FrozenTeacher

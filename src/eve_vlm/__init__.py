@@ -17,6 +17,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from .alignment_eve import EveForPreTraining, EvePatchAligner
 from .configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
 from .image_processing_eve import EveImageProcessor, eve_grid, num_image_tokens
+from .loading import load
 from .modeling_eve import EveForConditionalGeneration, EveModel
 from .patch_embedding_eve import EvePatchEmbedding
 from .processing_eve import EveProcessor
@@ -55,6 +56,7 @@ __all__ = [
     "EveProcessor",
     "EveVisionConfig",
     "eve_grid",
+    "load",
     "num_image_tokens",
     "register",
 ]

@@ -21,6 +21,7 @@ from torch import nn
 from .configuration_eve import EveConfig
 from .modeling_eve import EveCausalLMOutput, EveForConditionalGeneration
 from .patch_embedding_eve import Float32LayerNorm, Float32Linear, PackedGrid, at_least_float32
+from .published_eve import DROPPED
 
 
 def tap_indices(num_layers: int, tap_every: int) -> tuple[int, ...]:
@@ -137,7 +138,7 @@ class EveForPreTraining(EveForConditionalGeneration):
     """
 
     # Here the aligner is wanted, so a checkpoint's `aligner.*` is not surplus.
-    _keys_to_ignore_on_load_unexpected: list[str] = []
+    _keys_to_ignore_on_load_unexpected = list(DROPPED)
 
     def __init__(self, config: EveConfig):
         if config.alignment_config is None:

@@ -1,25 +1,169 @@
-"""Loads and checks model folders: every load says which weights were missing or surplus, or fails.
+"""Loads and checks models by folder or Hub id, ours and the published EVE v1 checkpoints alike.
 
-Easy to get wrong: the library fills missing weights with random numbers and drops surplus ones with
-a warning at most; here both are errors that list them, save for those a caller allows by name.
+Every load says which weights were missing or surplus, or fails.  Easy to get wrong: the library
+fills missing weights with random numbers and drops surplus ones with a warning at most; here both
+are errors that list them, save for those a caller allows by name and those that a class lists in
+`_keys_to_ignore_on_load_unexpected` (the teacher's copies of a published checkpoint, an aligner).
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from .alignment_eve import EveForPreTraining
+from .checkpoint_files import list_weights
 from .configuration_eve import EveConfig
+from .errors import first_line
 from .modeling_eve import EveForConditionalGeneration
+from .output_folder import require_room
 from .processing_eve import EveProcessor
 
 SHOWN = 6  # names listed in a message before "and n more"
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+class Loaded(NamedTuple):
+    """A model and the processor that goes with it."""
+
+    model: EveForConditionalGeneration
+    processor: EveProcessor
+
+
+def load(
+    name_or_folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    attn_implementation: str = "sdpa",
+    aligner: bool = False,
+) -> Loaded:
+    """Loads a model with its processor, by folder or by Hub id.
+
+    >>> load("BAAI/EVE-7B-HD-v1.0").model  # doctest: +SKIP
+
+    Args:
+        dtype: type of the weights; None means float32 on a CPU (where bfloat16 products are 25 to
+            70 times slower, measured) and the stored type elsewhere.
+        device: None means a GPU where there is one.
+        aligner: loads the training class with the patch aligning layer.
+
+    Raises:
+        ValueError: in one sentence, for whatever is wrong with the name or the files.
+    """
+    folder = find_model(name_or_folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None and torch.device(device).type == "cpu":
+        dtype = torch.float32
+    config = load_config(folder) if aligner else None
+    if config is not None and config.alignment_config is None:
+        raise ValueError(
+            f"{name_or_folder} has no aligner; load it without, or take a checkpoint of training."
+        )
+    model = load_model(folder, config=config, dtype=dtype, attn_implementation=attn_implementation)
+    return Loaded(model.to(device).eval(), load_processor(folder))
+
+
+def find_model(name_or_folder: str | Path) -> Path:
+    """A folder as it is; or a Hub id's files, downloaded into the library's cache.
+
+    Raises:
+        ValueError: if there is no such folder, and the Hub does not know it or cannot be reached.
+    """
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not _may_be_hub_id(str(name_or_folder)):
+        raise ValueError(f"{name_or_folder} is no folder; name a model's folder or its Hub id.")
+    try:
+        found = Path(snapshot_download(str(name_or_folder), allow_patterns=SMALL_FILES))
+        kind = "*.safetensors" if not list(found.glob("pytorch_model.bin*")) else "*.bin"
+        wanted = [*SMALL_FILES, kind]
+        require_room(HF_HUB_CACHE, _bytes_to_download(str(name_or_folder), wanted))
+        return Path(snapshot_download(str(name_or_folder), allow_patterns=wanted))
+    except OSError as error:
+        raise ValueError(_unreachable(name_or_folder, error)) from None
+
+
+def _bytes_to_download(name: str, patterns: list[str]) -> int:
+    try:
+        plan = snapshot_download(name, allow_patterns=patterns, dry_run=True)
+    except OSError:
+        return 0  # no network: whatever is in the cache is there already
+    return sum(file.file_size for file in plan if file.will_download)
+
+
+def _may_be_hub_id(name: str) -> bool:
+    """`owner/name` or `name`, as opposed to a path."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+
+
+def _unreachable(name: str | Path, error: Exception) -> str:
+    return (
+        f"{name} is no folder here and could not be read from the Hub ({first_line(error)}); check "
+        "the spelling and the network; folders work without one."
+    )
+
+
+def load_config(name_or_folder: str | Path) -> EveConfig:
+    """The configuration of a model folder, a Hub id or a `config.json`, ours or published.
+
+    Raises:
+        ValueError: if there is none, or it is of another kind of model.
+    """
+    place = Path(name_or_folder).expanduser()
+    if place.is_file():
+        _require_json(place)
+    elif not place.is_dir():
+        if not _may_be_hub_id(str(name_or_folder)):
+            raise ValueError(f"{name_or_folder} is not there; name a folder, a file or a Hub id.")
+        place = Path(name_or_folder)
+    elif not (place / "config.json").is_file():
+        raise ValueError(
+            f"{place} holds no model (no config.json); name a folder that training or "
+            "save_pretrained wrote."
+        )
+    else:
+        _require_json(place / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(place)
+    except OSError as error:
+        raise ValueError(_unreachable(name_or_folder, error)) from None
+    except ValueError as error:
+        if "eve-qwen2" in str(error):
+            raise ValueError(
+                f"{name_or_folder} is an EVE v2 model, another architecture; EVE v1 checkpoints "
+                "can be loaded."
+            ) from None
+        raise ValueError(
+            f"The configuration of {name_or_folder} cannot be used ({first_line(error)}); copy or "
+            "save the model again."
+        ) from None
+    if not isinstance(config, EveConfig):
+        raise ValueError(
+            f"{name_or_folder} holds a model of type {config.model_type!r}, not an EVE model; name "
+            "another folder, or make one of it with `eve init`."
+        )
+    return config
+
+
+def _require_json(file: Path) -> None:
+    try:
+        if isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            return
+        said = "it is no table of settings"
+    except ValueError as error:
+        said = first_line(error)
+    raise ValueError(f"{file} cannot be read ({said}); copy or save it again.")
 
 
 def check_loaded(
@@ -70,13 +214,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def first_line(error: Exception) -> str:
-    """The library's messages run over several lines; the first says what happened."""
-    return str(error).strip().splitlines()[0].rstrip(".")
-
-
 def require_model_folder(folder: str | Path) -> Path:
-    """The folder, checked to hold a saved EVE model.
+    """The folder, checked to hold an EVE model.
 
     Raises:
         ValueError: if it is not there or holds something else.
@@ -87,18 +226,7 @@ def require_model_folder(folder: str | Path) -> Path:
             f"{folder} holds no model (no config.json); name a folder that training or "
             "save_pretrained wrote."
         )
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder}/config.json cannot be read ({first_line(error)}); copy or save the model "
-            "again."
-        ) from None
-    if not isinstance(config, EveConfig):
-        raise ValueError(
-            f"{folder} holds a model of type {config.model_type!r}, not an EVE model; name "
-            "another folder."
-        )
+    load_config(folder)
     return folder
 
 
@@ -110,15 +238,16 @@ def load_model(
     attn_implementation: str = "sdpa",
     new: Iterable[str] = (),
 ) -> EveForConditionalGeneration:
-    """Loads a saved model; with `config.alignment_config`, the training class with the aligner.
+    """Loads a folder; with `config.alignment_config`, the training class with the aligner.
 
     Args:
-        folder: what `save_pretrained` wrote.
+        folder: what `save_pretrained` wrote, or a published checkpoint.
         config: settings to use instead of the folder's own.
         dtype: type of the weights; None keeps the saved one.
         new: regular expressions of weights that may be missing and start fresh.
     """
     folder = require_model_folder(folder)
+    list_weights(folder)  # every file is whole, and none wants to run code
     training = config is not None and config.alignment_config is not None
     cls = EveForPreTraining if training else EveForConditionalGeneration
     try:
@@ -161,4 +290,13 @@ def load_processor(
     return processor
 
 
-__all__ = ["check_loaded", "first_line", "load_model", "load_processor", "require_model_folder"]
+__all__ = [
+    "Loaded",
+    "check_loaded",
+    "find_model",
+    "load",
+    "load_config",
+    "load_model",
+    "load_processor",
+    "require_model_folder",
+]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from eve_vlm.data.teacher_view import TeacherView
-from eve_vlm.loading import first_line
+from eve_vlm.errors import first_line
 from eve_vlm.train.efficientnet_lite import load_efficientnet_lite0
 
 EFFICIENTNET = "efficientnet-lite0"
