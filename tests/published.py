@@ -201,3 +201,16 @@ def write(
     listing = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / f"{stem}.{end}.index.json").write_text(json.dumps(listing), encoding="utf-8")
     return folder
+
+
+def hub_cache(folder: Path) -> Path:
+    """A cache as the Hub's library lays it out, with a tiny checkpoint under each published name."""
+    config = tiny_config()
+    weights = tiny_weights(config)
+    for name, changes in DIFFERENCES.items():
+        place = folder / f"models--{name.replace('/', '--')}"
+        snapshot = place / "snapshots" / ("0123456789" * 4)
+        write(snapshot, config | changes, weights, kind="bin")
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text(snapshot.name, encoding="utf-8")
+    return folder

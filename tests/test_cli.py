@@ -320,16 +320,17 @@ def test_missing_and_surplus_weights(refused, spoilt, cat):
 
 
 def test_models_that_are_none(refused, spoilt, cat, tmp_path):
-    assert "holds no model" in refused(*ask(tmp_path / "nowhere", cat, "What?"))
+    assert "nowhere is no folder" in refused(*ask(tmp_path / "nowhere", cat, "What?"))
+    assert "holds no model" in refused(*ask(tmp_path, cat, "What?"))
     (spoilt / "model.safetensors").write_bytes(b"123")
-    assert "cannot be read" in refused(*ask(spoilt, cat, "What?"))
+    assert "model.safetensors is cut off or corrupt" in refused(*ask(spoilt, cat, "What?"))
     (spoilt / "config.json").write_text("{")
     assert "config.json cannot be read" in refused(*ask(spoilt, cat, "What?"))
 
 
 def test_debugging_shows_the_traceback(eve, cat, monkeypatch, tmp_path):
     monkeypatch.setenv("EVE_DEBUG", "1")
-    with pytest.raises(ValueError, match="holds no model"):
+    with pytest.raises(ValueError, match="nowhere is no folder"):
         eve("ask", cat, "What?", "--model", str(tmp_path / "nowhere"))
 
 

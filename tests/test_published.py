@@ -223,15 +223,10 @@ for name in names:
 """
 
 
-def test_by_name(tmp_path, weights):
+def test_by_name(tmp_path):
     """Through the Hub's own library, from its cache, with the network switched off."""
-    for name in CHECKPOINTS:
-        cache = tmp_path / f"models--{name.replace('/', '--')}"
-        place = cache / "snapshots" / "0123456789012345678901234567890123456789"
-        flat = published.tiny_config(**published.DIFFERENCES[name])
-        published.write(place, flat, weights, kind="bin")
-        (cache / "refs").mkdir()
-        (cache / "refs" / "main").write_text(place.name)
+    published.hub_cache(tmp_path)
+    place = next(tmp_path.glob("*EVE-7B-v1.0/snapshots/*"))
     done = subprocess.run(
         [sys.executable, "-c", BY_NAME, place, *CHECKPOINTS],
         env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"},
@@ -379,6 +374,22 @@ def test_a_shape_that_does_not_fit(tmp_path, weights):
     text = refused(lambda: convert(place, tmp_path / "out"))
     assert "(48, 32) there, (64, 32) expected" in text or "(32, 48) there" in text
     assert "another shape" in refused(lambda: eve_vlm.load(place, device="cpu"))
+
+
+def test_the_command(tmp_path, folder, capsys):
+    """What it prints are the numbers of the conversion."""
+    from eve_vlm.cli import app
+
+    out = tmp_path / "ours"
+    app(
+        ["convert", str(folder), "--out", str(out), "--check", "--dtype", "bfloat16"],
+        standalone_mode=False,
+    )
+    said = capsys.readouterr().out
+    parameters = sum(weight.numel() for weight in load_file(out / "model.safetensors").values())
+    assert f"{parameters:,} parameters" in said and "in 1 file" in said
+    assert "Left behind: 12 weights (teacher's copy)." in said
+    assert "Checked: 71 weights read again, all equal bit by bit." in said
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import published
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -48,11 +50,12 @@ EVE = list(
 
 @pytest.fixture(scope="module")
 def folder(quickstart, tmp_path_factory):
-    """Where a reader stands: a picture, and the last quickstart run below `runs`."""
+    """Where a reader stands: a picture, the last quickstart run, tiny "downloads" from the Hub."""
     here = tmp_path_factory.mktemp("reader")
     (here / "runs").mkdir()
     (here / "runs" / "quickstart").symlink_to(quickstart, target_is_directory=True)
     Image.new("RGB", (90, 60), "orange").save(here / "picture.png")
+    published.hub_cache(here / "hub")
     return here
 
 
@@ -60,7 +63,11 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
     """Runs a command in the folder, with this environment's programs first."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
-        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True
+        command,
+        cwd=folder,
+        env={**os.environ, "PATH": path, "HF_HUB_CACHE": str(folder / "hub")},
+        capture_output=True,
+        text=True,
     )
 
 

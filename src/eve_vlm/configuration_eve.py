@@ -5,9 +5,12 @@ to training), nor are picture sizes (they belong to the image processor).  Build
 file. The defaults are the published 7B sizes (paper section 4.1).
 """
 
+from os import PathLike
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from .published_eve import find_preprocessor, is_published, nested_config, teacher_width
 
 
 class EveVisionConfig(PreTrainedConfig):
@@ -89,6 +92,7 @@ class EveConfig(PreTrainedConfig):
     per picture token; it may lie beyond the decoder's vocabulary, as for the published checkpoints,
     whose
     32,000 words have no row for it.  `alignment_config` is only set for training.
+    `projector_depth` counts the projector's linear layers; the published models have two.
     """
 
     model_type = "eve"
@@ -103,6 +107,7 @@ class EveConfig(PreTrainedConfig):
     vision_config: Any = None
     alignment_config: Any = None
     image_token_id: int = 32000
+    projector_depth: int = 2
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -119,9 +124,31 @@ class EveConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         if self.image_token_id < 0:
             raise ValueError(f"image_token_id is {self.image_token_id}; token ids begin at 0.")
+        if self.projector_depth < 1:
+            raise ValueError(
+                f"projector_depth is {self.projector_depth}; the projector has at least 1 layer."
+            )
         # Losses are looked up by class name, which knows no "ForPreTraining" of ours.
         kwargs.setdefault("loss_type", "ForCausalLM")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, *args, **kwargs
+    ) -> "EveConfig":
+        """The library's; remembers where from, because a published file needs its neighbours."""
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "EveConfig":
+        """The library's, which also takes the flat dictionary of a published checkpoint."""
+        if is_published(config_dict):
+            preprocessor = find_preprocessor(config_dict, kwargs.get("name_or_path"))
+            config_dict = nested_config(
+                config_dict, preprocessor, teacher_hidden_size=teacher_width(config_dict)
+            )
+        return super().from_dict(config_dict, **kwargs)
 
 
 def _text_config(given: dict | PreTrainedConfig | None) -> PreTrainedConfig:

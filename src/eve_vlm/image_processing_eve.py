@@ -9,6 +9,8 @@ packed order, so row k of `pixel_values` is not the k-th patch in reading order.
 Legend: `P` patches, `p` patch size in pixels, `m` merge size, `R` x `C` rows and columns of tokens.
 """
 
+from bisect import bisect_left, bisect_right
+from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
+
+from .published_eve import find_preprocessor, hub_arguments, image_settings, published_config_of
 
 
 class EveGrid(NamedTuple):
@@ -43,14 +47,23 @@ def eve_grid(
     size_multiple: int,
     patch_size: int = 14,
     merge_size: int = 2,
+    min_image_tokens: int | None = None,
+    max_image_tokens: int | None = None,
 ) -> EveGrid:
     """Returns the resized size and the token grid of a picture of `height` x `width` pixels.
 
     All in integers, so it is the same on every machine, and equal to the published floating-point
     formula.  Rows and columns of patches that do not fill a merge cell are dropped.
 
+    Without a budget the longer side becomes `longest_edge`.  With `min_image_tokens` or
+    `max_image_tokens` it is the picture's own, rounded up to `size_multiple`; it grows until the
+    picture takes the least number of tokens and shrinks until it takes no more than the most.  The
+    most wins over the least, and `longest_edge` is never passed.
+
     >>> eve_grid(480, 640, longest_edge=672, size_multiple=28)
     EveGrid(height=504, width=672, rows=18, cols=24)
+    >>> eve_grid(480, 640, longest_edge=672, size_multiple=28, max_image_tokens=256)
+    EveGrid(height=364, width=476, rows=13, cols=17)
 
     Raises:
         ValueError: if the picture has no pixels, or the sizes do not fit each other.
@@ -59,22 +72,69 @@ def eve_grid(
         raise ValueError(
             f"A picture of {width} x {height} pixels has nothing to look at; give one with pixels."
         )
-    if (
-        longest_edge % size_multiple
-        or size_multiple % patch_size
-        or size_multiple < patch_size * merge_size
-    ):
+    cell = patch_size * merge_size
+    if longest_edge % size_multiple or size_multiple % patch_size or size_multiple < cell:
         raise ValueError(
             f"longest_edge ({longest_edge}) must be a multiple of size_multiple "
             f"({size_multiple}), and that a "
-            f"multiple of patch_size ({patch_size}) of at least {patch_size * merge_size} pixels."
+            f"multiple of patch_size ({patch_size}) of at least {cell} pixels."
         )
-    units = longest_edge // size_multiple
-    short_units = -(-units * min(height, width) // max(height, width))  # rounded up
-    long_px, short_px = longest_edge, short_units * size_multiple
-    new_height, new_width = (short_px, long_px) if width > height else (long_px, short_px)
-    cell = patch_size * merge_size
-    return EveGrid(new_height, new_width, new_height // cell, new_width // cell)
+    long_side, short_side = max(height, width), min(height, width)
+
+    def grid(units: int) -> EveGrid:
+        """The grid whose longer side is so many multiples."""
+        long_px = units * size_multiple
+        short_px = -(-units * short_side // long_side) * size_multiple  # rounded up
+        new_height, new_width = (short_px, long_px) if width > height else (long_px, short_px)
+        return EveGrid(new_height, new_width, new_height // cell, new_width // cell)
+
+    most = longest_edge // size_multiple
+    if min_image_tokens is None and max_image_tokens is None:
+        return grid(most)
+    _check_budget(min_image_tokens, max_image_tokens, size_multiple // cell)
+
+    def tokens(units: int) -> int:
+        return num_image_tokens(grid(units).rows, grid(units).cols)
+
+    # A longer side never takes fewer tokens, so the bounds are found by halving.
+    sizes, units = range(1, most + 1), min(-(-long_side // size_multiple), most)
+    if min_image_tokens is not None:
+        units = max(units, min(1 + bisect_left(sizes, min_image_tokens, key=tokens), most))
+    if max_image_tokens is not None:
+        units = min(units, bisect_right(sizes, max_image_tokens, key=tokens))
+    return grid(units)
+
+
+def _check_budget(least: int | None, most: int | None, cells: int) -> None:
+    """Refuses budgets that no picture can keep; `cells` lie along one size multiple."""
+    smallest = num_image_tokens(cells, cells)
+    for name, value in (("min_image_tokens", least), ("max_image_tokens", most)):
+        if value is not None and value < smallest:
+            raise ValueError(
+                f"{name} is {value}, but the smallest picture takes {smallest} tokens; give at "
+                "least that many."
+            )
+    if least is not None and most is not None and least > most:
+        raise ValueError(
+            f"min_image_tokens ({least}) is above max_image_tokens ({most}); give a smaller least "
+            "or a larger most."
+        )
+
+
+def longest_edge_of_budget(max_image_tokens: int, *, size_multiple: int, cell: int) -> int:
+    """Pixels of the longest picture of one row of multiples that keeps to the budget.
+
+    A limit above this is never reached; one below it would cut long pictures short.
+
+    >>> longest_edge_of_budget(256, size_multiple=28, cell=28)
+    7112
+
+    Raises:
+        ValueError: if not even the smallest picture keeps to it.
+    """
+    cells = size_multiple // cell
+    _check_budget(None, max_image_tokens, cells)
+    return (((max_image_tokens - 1) // cells - 1) // cells) * size_multiple
 
 
 def num_image_tokens(rows: Any, cols: Any) -> Any:
@@ -141,11 +201,15 @@ class EveImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-a
     patch_size: side of a patch in pixels.
     merge_size: a token stands for merge_size x merge_size patches.
     size_multiple: the shorter side is rounded up to a multiple of this many pixels.
+    min_image_tokens, max_image_tokens: a budget for every picture, instead of one size for all
+        (`eve_grid`).
     """
 
     patch_size: int
     merge_size: int
     size_multiple: int
+    min_image_tokens: int | None
+    max_image_tokens: int | None
 
 
 class EveImageProcessor(PilBackend):
@@ -170,6 +234,8 @@ class EveImageProcessor(PilBackend):
     patch_size = 14
     merge_size = 2
     size_multiple = 28
+    min_image_tokens = None
+    max_image_tokens = None
     valid_kwargs = EveImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_thw"]
 
@@ -177,10 +243,35 @@ class EveImageProcessor(PilBackend):
         super().__init__(**kwargs)
         self.grid_of(1, 1)  # refuses sizes that do not fit each other now, not at the first picture
 
-    def grid_of(self, height: int, width: int) -> EveGrid:
-        """The grid of a picture of this size, without needing the picture."""
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: str | PathLike, **kwargs
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The library's, which also knows the published checkpoints, whose own file is missing."""
+        hub = hub_arguments(kwargs)
+        config = published_config_of(pretrained_model_name_or_path, **hub)
+        if config is not None:
+            return image_settings(
+                find_preprocessor(config, pretrained_model_name_or_path, **hub)
+            ), {}
+        return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+
+    def grid_of(self, height: int, width: int, *, longest_edge: int | None = None) -> EveGrid:
+        """The grid of a picture of this size, without needing the picture.
+
+        Args:
+            longest_edge: asks for another limit than the processor's own.
+        """
+        size = self.size if longest_edge is None else {"longest_edge": longest_edge}
         return self._grid(
-            height, width, self.size, self.size_multiple, self.patch_size, self.merge_size
+            height,
+            width,
+            size,
+            self.size_multiple,
+            self.patch_size,
+            self.merge_size,
+            self.min_image_tokens,
+            self.max_image_tokens,
         )
 
     @staticmethod
@@ -191,6 +282,8 @@ class EveImageProcessor(PilBackend):
         size_multiple: int,
         patch_size: int,
         merge_size: int,
+        min_image_tokens: int | None,
+        max_image_tokens: int | None,
     ) -> EveGrid:
         return eve_grid(
             height,
@@ -199,6 +292,8 @@ class EveImageProcessor(PilBackend):
             size_multiple=size_multiple,
             patch_size=patch_size,
             merge_size=merge_size,
+            min_image_tokens=min_image_tokens,
+            max_image_tokens=max_image_tokens,
         )
 
     def resize_to_grid(self, image: Image.Image) -> np.ndarray:
@@ -237,6 +332,8 @@ class EveImageProcessor(PilBackend):
         patch_size: int,
         merge_size: int,
         size_multiple: int,
+        min_image_tokens: int | None,
+        max_image_tokens: int | None,
         return_tensors: str | TensorType | None,
         **kwargs,
     ) -> BatchFeature:
@@ -255,7 +352,14 @@ class EveImageProcessor(PilBackend):
         for pixels in images:
             if do_resize:
                 grid = self._grid(
-                    pixels.shape[0], pixels.shape[1], size, size_multiple, patch_size, merge_size
+                    pixels.shape[0],
+                    pixels.shape[1],
+                    size,
+                    size_multiple,
+                    patch_size,
+                    merge_size,
+                    min_image_tokens,
+                    max_image_tokens,
                 )
                 pixels = resize_picture(Image.fromarray(pixels), grid.height, grid.width, resample)
             elif pixels.shape[0] % (patch_size * merge_size) or pixels.shape[1] % (
@@ -276,4 +380,11 @@ class EveImageProcessor(PilBackend):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 
-__all__ = ["EveGrid", "EveImageProcessor", "eve_grid", "num_image_tokens", "to_rgb"]
+__all__ = [
+    "EveGrid",
+    "EveImageProcessor",
+    "eve_grid",
+    "longest_edge_of_budget",
+    "num_image_tokens",
+    "to_rgb",
+]

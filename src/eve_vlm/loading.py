@@ -99,7 +99,7 @@ def _bytes_to_download(name: str, patterns: list[str]) -> int:
         plan = snapshot_download(name, allow_patterns=patterns, dry_run=True)
     except OSError:
         return 0  # no network: whatever is in the cache is there already
-    return sum(file.file_size for file in plan if file.will_download)
+    return sum(file.file_size or 0 for file in plan if file.will_download)
 
 
 def _may_be_hub_id(name: str) -> bool:

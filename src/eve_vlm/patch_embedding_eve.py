@@ -13,15 +13,18 @@ pictures, `C` patch embedding width, `D` decoder width, `H` heads, `m` merge siz
 """
 
 from dataclasses import dataclass
+from os import PathLike
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_eve import EveConfig, EveVisionConfig
 from .image_processing_eve import num_image_tokens
+from .published_eve import DROPPED, KEY_MAPPING, hub_arguments, published_config_of
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -173,6 +176,44 @@ class EvePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
+    # What a published checkpoint holds beyond the model, and training beyond answering: the list of
+    # what may be left over.
+    _keys_to_ignore_on_load_unexpected = [*DROPPED, r"^aligner\."]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike | None,
+        *args,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs,
+    ) -> Any:
+        """The library's, which also reads the published EVE v1 checkpoints, by name or folder."""
+        name, published = pretrained_model_name_or_path, False
+        if key_mapping is None and name is not None:
+            published = published_config_of(name, **hub_arguments(kwargs)) is not None
+            key_mapping = KEY_MAPPING if published else None
+        loaded = super().from_pretrained(name, *args, key_mapping=key_mapping, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if published and model.can_generate():
+            # Theirs carries sampling values beside `do_sample: false`, which newer versions of the
+            # library refuse to save; the token ids are all that a greedy answer needs.
+            ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+            given = model.generation_config.to_dict()
+            model.generation_config = GenerationConfig(**{name: given[name] for name in ids})
+        return loaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike,
+        *args,
+        save_original_format: bool = False,
+        **kwargs,
+    ) -> Any:
+        """The library's; in our own layout, also where the weights came from a published file."""
+        return super().save_pretrained(
+            save_directory, *args, save_original_format=save_original_format, **kwargs
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -272,18 +313,26 @@ class EvePatchEmbedding(EvePreTrainedModel):
 
 
 class EveProjector(nn.Module):
-    """The two-layer feed-forward at the end of the patch embedding layer; exact GELU."""
+    """The feed-forward at the end of the patch embedding layer; exact GELU between its layers.
+
+    `config.projector_depth` linear layers, `linear_1` to `linear_N`; two in the published models.
+    """
 
     def __init__(self, config: EveConfig):
         super().__init__()
-        width = config.text_config.hidden_size
-        self.linear_1 = Float32Linear(config.vision_config.hidden_size, width)
-        self.linear_2 = Float32Linear(width, width)
+        given, width = config.vision_config.hidden_size, config.text_config.hidden_size
+        for place in range(1, config.projector_depth + 1):
+            self.add_module(f"linear_{place}", Float32Linear(given, width))
+            given = width
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(N, C) to (N, D), float32."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return self.linear_2(F.gelu(self.linear_1(tokens)))
+            first, *others = self.children()
+            tokens = first(tokens)
+            for linear in others:
+                tokens = linear(F.gelu(tokens))
+            return tokens
 
 
 __all__ = ["EvePatchEmbedding", "EvePreTrainedModel", "EveProjector", "PackedGrid"]

@@ -5,10 +5,14 @@ library's; this class only says what one `<image>` becomes.  Easy to get wrong: 
 the row-end tokens are made by the patch embedding, so they are image placeholders too, not words.
 """
 
+from os import PathLike
+
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .image_processing_eve import num_image_tokens
+from .image_processing_eve import EveImageProcessor, num_image_tokens
+from .published_eve import find_file, hub_arguments, published_config_of
+from .published_tokenizer_eve import published_tokenizer
 
 # The published conversation form (template v1): a system sentence, "USER: q ASSISTANT: a</s>".
 # An answer begins at the blank before it, because that blank is part of its first token.
@@ -87,6 +91,31 @@ class EveProcessor(ProcessorMixin):
         if chat_template is None:
             chat_template = tokenizer.chat_template
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, *args, **kwargs
+    ) -> "EveProcessor":
+        """The library's, which also makes the processor of a published checkpoint.
+
+        Raises:
+            ValueError: if a published checkpoint has no tokenizer, or names a preprocessor that
+                nobody has.
+        """
+        name, hub = pretrained_model_name_or_path, hub_arguments(kwargs)
+        if published_config_of(name, **hub) is None:
+            return super().from_pretrained(name, *args, **kwargs)
+        file = find_file(name, "tokenizer.json", **hub) or find_file(name, "tokenizer.model", **hub)
+        if file is None:
+            raise ValueError(
+                f"{name} holds neither tokenizer.json nor tokenizer.model; copy one of them there "
+                "from the published checkpoint."
+            )
+        return cls(
+            EveImageProcessor.from_pretrained(name, **hub),
+            published_tokenizer(file, chat_template=VICUNA_CHAT_TEMPLATE),
+            chat_template=VICUNA_CHAT_TEMPLATE,
+        )
 
     def validate_inputs(
         self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs

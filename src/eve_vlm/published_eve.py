@@ -12,6 +12,7 @@ EVE-7B-HD-v1.0), paper section 4.1.
 import json
 import re
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def find_file(name_or_folder: str | Path, file: str, **hub: Any) -> Path | None:
+def find_file(name_or_folder: str | PathLike, file: str, **hub: Any) -> Path | None:
     """A file of a folder or a Hub repository; None where it is not there or cannot be reached."""
     found = cached_file(
         str(name_or_folder),
@@ -187,13 +188,13 @@ def find_file(name_or_folder: str | Path, file: str, **hub: Any) -> Path | None:
     return None if found is None else Path(found)
 
 
-def read_json_of(name_or_folder: str | Path, file: str, **hub: Any) -> dict[str, Any] | None:
+def read_json_of(name_or_folder: str | PathLike, file: str, **hub: Any) -> dict[str, Any] | None:
     """A JSON file of a folder or a Hub repository; None where it is not there."""
     found = find_file(name_or_folder, file, **hub)
     return None if found is None else json.loads(found.read_text(encoding="utf-8"))
 
 
-def published_config_of(name_or_folder: str | Path, **hub: Any) -> dict[str, Any] | None:
+def published_config_of(name_or_folder: str | PathLike, **hub: Any) -> dict[str, Any] | None:
     """The flat configuration of a published checkpoint; None where something else is there."""
     if Path(name_or_folder).is_file():
         return None
@@ -202,7 +203,7 @@ def published_config_of(name_or_folder: str | Path, **hub: Any) -> dict[str, Any
 
 
 def find_preprocessor(
-    config: Mapping[str, Any], name_or_folder: str | Path | None = None, **hub: Any
+    config: Mapping[str, Any], name_or_folder: str | PathLike | None = None, **hub: Any
 ) -> dict[str, Any]:
     """The published preprocessor settings that belong to a published configuration.
 
