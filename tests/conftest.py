@@ -13,6 +13,8 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for the network fails instead of waiting
 os.environ.pop("EVE_DEBUG", None)
 if "PYTEST_XDIST_WORKER" not in os.environ:
+    # For the tests with real parts that `eve assets fetch` put into the user's own cache.
+    os.environ["EVE_USER_CACHE"] = os.environ.get("EVE_CACHE", "")
     # Never the user's own cache, where the last quickstart run is noted.
     os.environ["EVE_CACHE"] = tempfile.mkdtemp(prefix="eve-vlm-tests-")
     atexit.register(shutil.rmtree, os.environ["EVE_CACHE"], ignore_errors=True)

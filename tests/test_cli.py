@@ -171,7 +171,7 @@ def test_another_run_in_the_folder(eve, refused, mine):
         ),
         (("train", "mine.yaml", "data.sources.0.path=no.json"), ("no.json is not a file",)),
         (("train", "mine.yaml", "data.max_length=5"), ("max_length is 5",)),
-        (("train", "mine.yaml", "model.tokenizer=nowhere"), ("'nowhere' cannot be loaded",)),
+        (("train", "mine.yaml", "model.tokenizer=nowhere"), ("nowhere is no folder",)),
         (
             ("train", "mine.yaml", "stage.alignment={teacher: nowhere}"),
             ("The teacher 'nowhere' cannot be loaded",),

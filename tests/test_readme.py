@@ -17,6 +17,8 @@ import pytest
 from PIL import Image
 
 import published
+import tiny
+from small_decoders import decoder_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,6 +58,8 @@ def folder(quickstart, tmp_path_factory):
     (here / "runs" / "quickstart").symlink_to(quickstart, target_is_directory=True)
     Image.new("RGB", (90, 60), "orange").save(here / "picture.png")
     published.hub_cache(here / "hub")
+    decoder_folder(here / "my-decoder", "llama")
+    tiny.lora_adapter(here / "runs" / "lora", base=quickstart)
     return here
 
 

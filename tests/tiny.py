@@ -27,6 +27,7 @@ from eve_vlm import (
     EveVisionConfig,
 )
 from eve_vlm.data.tokenizer import train_tokenizer
+from eve_vlm.loading import load_model
 from eve_vlm.train.recipe import Recipe, load_recipe
 
 PATCH, MERGE, MULTIPLE, EDGE = 4, 2, 8, 32  # pixels; a picture is at most 4 x 4 cells, 21 tokens
@@ -150,6 +151,16 @@ def teacher_folder(folder: Path, *, cells: int = EDGE // MULTIPLE) -> Path:
     settings = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
+
+
+def lora_adapter(folder: Path, *, base: Path) -> None:
+    """A PEFT adapter of a model folder for decoder and picture parts, as it is before its first step."""
+    peft = pytest.importorskip("peft", reason="needs the extra lora")
+    settings = peft.LoraConfig(
+        target_modules=r".*language_model.*\.q_proj",
+        modules_to_save=["model.vision_tower", "model.multi_modal_projector"],
+    )
+    peft.get_peft_model(load_model(base), settings).save_pretrained(folder)
 
 
 def llava_file(folder: Path, *, records: int = 12, captions: bool = False) -> Path:

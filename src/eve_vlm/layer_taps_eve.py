@@ -20,9 +20,7 @@ class LayerTaps:
     """
 
     def __init__(self, decoder: nn.Module, taps: tuple[int, ...] | None):
-        self.layers = cast(
-            nn.ModuleList, decoder.layers
-        )  # so named in every decoder of the library
+        self.layers = cast(nn.ModuleList, _layers_of(decoder))
         self.taps = taps
         self.outputs: dict[int, torch.Tensor] = {}
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -50,6 +48,14 @@ class LayerTaps:
             return None
         self.outputs |= {0: first, len(self.layers): last}
         return tuple(self.outputs[tap][mask] for tap in self.taps)
+
+
+def _layers_of(decoder: nn.Module) -> nn.Module:
+    """The decoder's layers: `layers` nearly everywhere, else its first list (GPT-2, OPT, Falcon)."""
+    children = dict(decoder.named_children())
+    if "layers" in children:
+        return children["layers"]
+    return next(module for module in decoder.modules() if isinstance(module, nn.ModuleList))
 
 
 __all__ = ["LayerTaps"]

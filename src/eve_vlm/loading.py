@@ -8,14 +8,17 @@ are errors that list them, save for those a caller allows by name and those that
 
 import json
 import re
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
@@ -27,6 +30,7 @@ from .errors import first_line
 from .modeling_eve import EveForConditionalGeneration
 from .output_folder import require_room
 from .processing_eve import EveProcessor
+from .published_eve import is_published
 
 SHOWN = 6  # names listed in a message before "and n more"
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
@@ -84,34 +88,52 @@ def find_model(name_or_folder: str | Path) -> Path:
         return folder
     if folder.exists() or not _may_be_hub_id(str(name_or_folder)):
         raise ValueError(f"{name_or_folder} is no folder; name a model's folder or its Hub id.")
+    found = _small_files(str(name_or_folder))
+    kind = "*.bin" if list(found.glob("pytorch_model.bin*")) else "*.safetensors"
+    return _download(str(name_or_folder), [*SMALL_FILES, kind])
+
+
+def _small_files(name: str) -> Path:
+    """Everything of a Hub id but its weights, in a folder."""
+    return _download(name, SMALL_FILES)
+
+
+def _download(name: str, patterns: list[str]) -> Path:
+    offline = not _hub_answers()
     try:
-        found = Path(snapshot_download(str(name_or_folder), allow_patterns=SMALL_FILES))
-        kind = "*.safetensors" if not list(found.glob("pytorch_model.bin*")) else "*.bin"
-        wanted = [*SMALL_FILES, kind]
-        require_room(HF_HUB_CACHE, _bytes_to_download(str(name_or_folder), wanted))
-        return Path(snapshot_download(str(name_or_folder), allow_patterns=wanted))
+        if not offline:
+            require_room(HF_HUB_CACHE, _bytes_to_download(name, patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
     except OSError as error:
-        raise ValueError(_unreachable(name_or_folder, error)) from None
+        said = "no network, and not in its cache" if offline else first_line(error)
+        raise ValueError(
+            f"{name} is no folder here and could not be read from the Hub ({said}); "
+            "check the spelling and the network; folders work without one."
+        ) from None
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub can be reached; its own library tries for half a minute (28 s seen)."""
+    if HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True  # only the proxy knows
+    address = urlsplit(ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def _bytes_to_download(name: str, patterns: list[str]) -> int:
-    try:
-        plan = snapshot_download(name, allow_patterns=patterns, dry_run=True)
-    except OSError:
-        return 0  # no network: whatever is in the cache is there already
+    plan = snapshot_download(name, allow_patterns=patterns, dry_run=True)
     return sum(file.file_size or 0 for file in plan if file.will_download)
 
 
 def _may_be_hub_id(name: str) -> bool:
     """`owner/name` or `name`, as opposed to a path."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
-
-
-def _unreachable(name: str | Path, error: Exception) -> str:
-    return (
-        f"{name} is no folder here and could not be read from the Hub ({first_line(error)}); check "
-        "the spelling and the network; folders work without one."
-    )
 
 
 def load_config(name_or_folder: str | Path) -> EveConfig:
@@ -121,32 +143,30 @@ def load_config(name_or_folder: str | Path) -> EveConfig:
         ValueError: if there is none, or it is of another kind of model.
     """
     place = Path(name_or_folder).expanduser()
-    if place.is_file():
-        _require_json(place)
-    elif not place.is_dir():
+    if not place.exists():
         if not _may_be_hub_id(str(name_or_folder)):
             raise ValueError(f"{name_or_folder} is not there; name a folder, a file or a Hub id.")
-        place = Path(name_or_folder)
-    elif not (place / "config.json").is_file():
+        place = _small_files(str(name_or_folder))
+    file = place if place.is_file() else place / "config.json"
+    if not file.is_file():
         raise ValueError(
             f"{place} holds no model (no config.json); name a folder that training or "
             "save_pretrained wrote."
         )
-    else:
-        _require_json(place / "config.json")
+    settings = _read_settings(file)
+    if settings.get("model_type") == "eve-qwen2":
+        raise ValueError(
+            f"{name_or_folder} is an EVE v2 model, another architecture; EVE v1 checkpoints can be "
+            "loaded."
+        )
+    if is_published(settings):
+        return EveConfig.from_pretrained(place)
     try:
         config = AutoConfig.from_pretrained(place)
-    except OSError as error:
-        raise ValueError(_unreachable(name_or_folder, error)) from None
-    except ValueError as error:
-        if "eve-qwen2" in str(error):
-            raise ValueError(
-                f"{name_or_folder} is an EVE v2 model, another architecture; EVE v1 checkpoints "
-                "can be loaded."
-            ) from None
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"The configuration of {name_or_folder} cannot be used ({first_line(error)}); copy or "
-            "save the model again."
+            f"The configuration {file} cannot be used ({first_line(error)}); copy or save the "
+            "model again."
         ) from None
     if not isinstance(config, EveConfig):
         raise ValueError(
@@ -156,10 +176,11 @@ def load_config(name_or_folder: str | Path) -> EveConfig:
     return config
 
 
-def _require_json(file: Path) -> None:
+def _read_settings(file: Path) -> dict[str, Any]:
     try:
-        if isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
-            return
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(settings, dict):
+            return settings
         said = "it is no table of settings"
     except ValueError as error:
         said = first_line(error)

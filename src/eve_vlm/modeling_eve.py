@@ -233,10 +233,7 @@ class EveModel(EvePreTrainedModel):
 class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
     """The model that answers: `EveModel` and a language head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    # A checkpoint from training carries the aligner, which answering does not need.
-    _keys_to_ignore_on_load_unexpected = [r"^aligner\."]
 
     def __init__(self, config: EveConfig):
         super().__init__(config)
@@ -244,6 +241,10 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(
             config.text_config.hidden_size, config.text_config.vocab_size, bias=False
         )
+        # Not every decoder calls its word embedding `embed_tokens` (GPT-2: `wte`).
+        words = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is words)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -310,9 +311,8 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self._language_loss(hidden, labels, num_items_in_batch)
         if labels is None or not self.training:
-            kept = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
+            last = isinstance(logits_to_keep, int)
+            kept = slice(-logits_to_keep, None) if last else logits_to_keep
             logits = self.lm_head(hidden[:, kept, :])
         return EveCausalLMOutput(
             loss=loss,

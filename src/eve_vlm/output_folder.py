@@ -1,8 +1,8 @@
 """A folder that appears whole or not at all, and only where there is room for it.
 
 What is written goes into a folder beside the wanted one and takes its name at the end, so a stop
-half-way leaves nothing that looks like a model.  Easy to get wrong: the folder beside must be on the
-same disk, or the last step is a copy that can fail half-way too.
+half-way leaves nothing that looks like a model.  Easy to get wrong: the folder beside must be on
+the same disk, or the last step is a copy that can fail half-way too.
 """
 
 import os

@@ -213,6 +213,8 @@ def find_preprocessor(
     Raises:
         ValueError: if none of them is there.
     """
+    if name_or_folder is not None and Path(name_or_folder).is_file():
+        name_or_folder = Path(name_or_folder).parent  # a config.json given by itself
     named = config["mm_vision_tower"]
     beside = Path(name_or_folder or "") / named
     places = [place for place in (name_or_folder, named, beside) if place is not None]

@@ -17,9 +17,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from eve_vlm.cache import cache_folder
 from eve_vlm.data.pictograms import attribution, load_pictograms
 from eve_vlm.data.records import Record, text_of
-from eve_vlm.data.scene_source import SceneSource, cache_folder
+from eve_vlm.data.scene_source import SceneSource
 from eve_vlm.data.scenes import SceneDataset
 from eve_vlm.image_processing_eve import num_image_tokens
 from eve_vlm.report import write_report

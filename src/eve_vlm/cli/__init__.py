@@ -11,6 +11,13 @@ from typing import Annotated
 import typer
 
 from .asking import ask
+from .exporting import export
+from .fetching import assets_app
+from .health import doctor
+from .looking import inspect
+from .machine import fits
+from .models import convert
+from .starting import init
 from .training import quickstart, train
 
 app = typer.Typer(
@@ -39,9 +46,10 @@ def _root(
 
 
 # In the order of `eve --help`.
-COMMANDS = (train, quickstart, ask)
+COMMANDS = (init, train, quickstart, ask, inspect, fits, convert, export, doctor)
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(assets_app, name="assets")
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ The engine behind it is imported inside, so that `eve --help` does not wait for 
 """
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,8 +15,8 @@ def ask(
         typer.Argument(metavar="PICTURE... QUESTION", help="Picture files, then the question."),
     ],
     model: Annotated[
-        Path | None,
-        typer.Option(help="A model folder; without it the last quickstart run is taken."),
+        str | None,
+        typer.Option(help="A model folder or Hub id; without it the last quickstart run is taken."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
 ) -> None:

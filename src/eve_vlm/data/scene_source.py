@@ -8,22 +8,16 @@ To teach a new decoder the language of the captions, `text_only: true` leaves th
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from eve_vlm.cache import cache_folder
 from eve_vlm.data.pictograms import load_pictograms
 from eve_vlm.data.records import Record
 from eve_vlm.data.scene_settings import SceneSettings
 from eve_vlm.data.scenes import SceneDataset
 
 OPTIONS = ("split", "size", "families", "settings", "text_only", "described")
-
-
-def cache_folder() -> Path:
-    """Where rendered pictograms are kept: `EVE_CACHE`, else a folder in the user's cache."""
-    return Path(os.environ.get("EVE_CACHE") or Path.home() / ".cache" / "eve-vlm")
 
 
 class SceneSource:
@@ -98,4 +92,4 @@ def _as_tuple(value: Any) -> Any:
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
-__all__ = ["SceneSource", "cache_folder"]
+__all__ = ["SceneSource"]

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from eve_vlm.image_processing_eve import eve_grid, num_image_tokens, to_rgb
-from eve_vlm.loading import load_model, load_processor
+from eve_vlm.image_processing_eve import num_image_tokens, to_rgb
+from eve_vlm.loading import load
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.pictures import open_picture
 from eve_vlm.processing_eve import EveProcessor
@@ -29,12 +29,11 @@ class EveEngine:
         self.model, self.processor = model.eval(), processor
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | None = None) -> "EveEngine":
-        """Loads a folder onto `device` (a GPU where there is one, else the CPU in float32)."""
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        # bfloat16 products are 25 to 70 times slower than float32 on common CPUs (measured).
-        dtype = torch.float32 if device == "cpu" else None
-        return cls(load_model(folder, dtype=dtype).to(device), load_processor(folder))
+    def from_pretrained(
+        cls, name_or_folder: str | Path, *, device: str | None = None
+    ) -> "EveEngine":
+        """Loads a folder or Hub id onto `device` (a GPU where there is one, else the CPU)."""
+        return cls(*load(name_or_folder, device=device))
 
     def ask(
         self,
@@ -110,11 +109,23 @@ class EveEngine:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=self.processor.tokenizer.pad_token_id,
-            eos_token_id=self.processor.tokenizer.eos_token_id,
-            suppress_tokens=[self.processor.image_token_id],  # no word of an answer
+            eos_token_id=self._ends(),
+            suppress_tokens=self._never(),
         )
         new = output[:, given["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _ends(self) -> list[int] | None:
+        """Every id that ends an answer: the decoder's (often several) and the tokenizer's."""
+        ends = self.model.generation_config.eos_token_id
+        given = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        own = self.processor.tokenizer.eos_token_id
+        return list(dict.fromkeys([*given, *([] if own is None else [own])])) or None
+
+    def _never(self) -> list[int]:
+        """Ids that no answer holds: the image placeholder, and what the decoder leaves out."""
+        ids = self.model.generation_config.suppress_tokens or []
+        return list(dict.fromkeys([*ids, self.processor.image_token_id]))
 
     def _check_length(
         self, conversations: Sequence[list[dict]], inputs: dict, max_new_tokens: int
@@ -141,15 +152,7 @@ class EveEngine:
         unit = processor.size_multiple
         for edge in range(processor.size["longest_edge"] - unit, 0, -unit):
             grids = [
-                eve_grid(
-                    image.height,
-                    image.width,
-                    longest_edge=edge,
-                    size_multiple=unit,
-                    patch_size=processor.patch_size,
-                    merge_size=processor.merge_size,
-                )
-                for image in images
+                processor.grid_of(image.height, image.width, longest_edge=edge) for image in images
             ]
             tokens = sum(num_image_tokens(grid.rows, grid.cols) for grid in grids)
             if tokens <= room:

