@@ -35,7 +35,9 @@ def write(folder, kind, *, shards=1, weights=WEIGHTS):
         file = f"{stem}-{shard + 1:05d}-of-{shards:05d}.{end}"
         save({name: weights[name]}, folder / file)
         index[name] = file
-    (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / f"{stem}.{end}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     return folder
 
 
@@ -146,7 +148,12 @@ def test_a_pickle_of_something_else(tmp_path, what):
 
 
 @pytest.mark.parametrize(
-    "index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../x.safetensors"}}']
+    "index",
+    [
+        *("{", "[]", "{}", '{"weight_map": {"a": "x.safetensors"}}'),
+        '{"metadata": {}, "weight_map": []}',
+        '{"metadata": {}, "weight_map": {"a": "../x.safetensors"}}',
+    ],
 )
 def test_an_index_that_is_none(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)

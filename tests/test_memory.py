@@ -202,11 +202,8 @@ def test_impossible_lengths_are_refused():
 
 def test_sizes_are_read_and_written():
     assert parse_bytes("40GiB") == 40 * 2**30 and parse_bytes(" 1.5 gb ") == 1_500_000_000
-    assert [human_bytes(size * 2**30) for size in (1, 12.34, 1234)] == [
-        "1.00 GiB",
-        "12.3 GiB",
-        "1,234 GiB",
-    ]
+    written = [human_bytes(int(size * 2**30)) for size in (0, 0.5, 12.34, 1234)]
+    assert written == ["< 1 MiB", "512 MiB", "12.3 GiB", "1,234 GiB"]
     for bad in ("40", "GiB", "40 PB", "-1GiB", "0GiB", "a lot"):
         assert "is no size of memory" in tiny.refused(lambda bad=bad: parse_bytes(bad))
 
@@ -233,10 +230,12 @@ def test_the_smallest_change_comes_first():
     needs = memory.estimate(halved).wanted
     half = smallest_change(memory, halved, Device("RAM", "cpu", needs - 2**20))
     assert half.words == "batch 2 x 2 accumulated" and half.work.accumulation == 2
-    # On GPUs whose memory holds half of what the optimizer needs, only sharing it helps.
-    large = MemoryModel(EveConfig())
-    gpu = replace(asked, device="cuda", dtype=torch.bfloat16, batch=1, length=2048)
-    assert "GPUs" in smallest_change(large, gpu, Device("GPU", "cuda", 8 * 2**30)).words
+    # Where a GPU does not even hold weights, gradients and moments, only sharing them helps.
+    shape = MEASURE.decoder(2048, 8, 32000)
+    large = MemoryModel(EveConfig(text_config=shape, image_token_id=3))
+    gpu = work(device="cuda", dtype=torch.bfloat16, length=128, trainable=("model.*",))
+    assert large.at_least(gpu) > 4 * 2**30
+    assert "GPUs" in smallest_change(large, gpu, Device("GPU", "cuda", 4 * 2**30)).words
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -138,7 +138,9 @@ class WeightReader:
 def _index(file: Path) -> Mapping[str, str]:
     """Weight name to file name."""
     try:
-        names = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        listing = json.loads(file.read_text(encoding="utf-8"))
+        names = listing["weight_map"]
+        listing["metadata"]  # the library asks for it too
         if any(Path(name).name != name for name in names.values()):
             raise ValueError("it names files outside its folder")
         return names

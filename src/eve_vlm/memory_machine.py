@@ -67,10 +67,12 @@ def human_bytes(size: int) -> str:
     """A size as people say it, in powers of 1024.
 
     >>> human_bytes(25_100_000_000), human_bytes(700 * 2**20)
-    ('23.4 GiB', '0.68 GiB')
+    ('23.4 GiB', '700 MiB')
     """
     gib = size / 2**30
-    return f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:.1f} GiB" if gib >= 10 else f"{gib:.2f} GiB"
+    if gib < 1:
+        return f"{size / 2**20:.0f} MiB" if size >= 2**20 else "< 1 MiB"
+    return f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:.1f} GiB"
 
 
 def this_machine() -> list[Device]:
@@ -211,6 +213,7 @@ def parts_table(estimate: Estimate) -> str:
     """Every part in every phase; the phases with the largest sum are what decides."""
     phases = list(estimate.phases)
     parts = list(dict.fromkeys(part for phase in phases for part in estimate.phases[phase]))
+    parts.sort(key=lambda part: not part.startswith("weights"))
     rows = [["part", *phases]]
     for part in parts:
         sizes = [estimate.phases[phase].get(part, 0) for phase in phases]

@@ -33,7 +33,7 @@ BREAKS = (
 EMBEDDING = 300  # sums of 48, then six products of 16 to 32, norms, softmax, GELU
 DECODER = 4 * 12  # four layers: two norms, four products each, rotation, softmax, gate, two sums
 BACKWARD = 3 * DECODER  # back through what was kept, then the products with it
-LONGEST_SUM = 48  # in float32 every number of a sum rounds, and the longest sums have so many
+LONGEST_SUM = 64  # in float32 every number of a sum rounds, and the longest sums have so many
 
 
 class Row(NamedTuple):

@@ -52,13 +52,13 @@ def formula_weight(name: str, shape: Sequence[int]) -> torch.Tensor:
     """A weight of this name and shape, float32 on the CPU, exact in bfloat16 too.
 
     Norm scales are k / 128 from 64 / 128 to 191 / 128; other vectors and the word embedding k / 128
-    and matrices k / 256, k from -127 to 127.
+    and matrices k / 512, k from -127 to 127.
     """
     numbers = formula_numbers(name, int(np.prod(shape))).astype(np.int64)
     if len(shape) == 1 and name.endswith(".weight"):
         values = (numbers % 128 + 64) / 128
     else:
-        values = (numbers % 255 - 127) / (128 if len(shape) == 1 or "embed_tokens" in name else 256)
+        values = (numbers % 255 - 127) / (128 if len(shape) == 1 or "embed_tokens" in name else 512)
     return torch.from_numpy(values.astype(np.float32)).reshape(tuple(shape))
 
 

@@ -34,20 +34,20 @@ TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,  # flex attention is wrong on CPUs below, and refused on GPUs below 16
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
 }
 MEAN, STD = [0.5, 0.4375, 0.375], [0.25, 0.28125, 0.3125]
 SIZES = [(40, 64), (30, 9)]  # height, width; one wide and one tall picture
-WORDS = [([33, 20, 19], [6, 9, 37, 6, 46]), ([45, 36], [26, 28, 22, 23])]  # around each picture
+WORDS = [([22, 4, 38], [35, 26, 25, 36, 21]), ([18, 8], [14, 33, 41, 41])]  # around each picture
 ANSWER = 3  # the last words behind a picture are the answer, all before them the question
 NEW_TOKENS = 4
 # Best and second best next token are at least this far apart, in parts of the largest logit, so
 # that even bfloat16 must choose alike.
-MARGIN = 0.19
+MARGIN = 0.25
 ADAMW = {"lr": 0.0625, "eps": 0.125, "weight_decay": 0.25}
 GRADIENTS = {  # our name: take every n-th number
     "model.vision_tower.patch_projection.weight": 7,
@@ -84,12 +84,12 @@ def whole_numbers(name: str, count: int) -> list[int]:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Norm scales around one, matrices within a half, biases and embeddings within one."""
+    """Norm scales around one, matrices within a quarter, biases and embeddings within one."""
     numbers = torch.tensor(whole_numbers(name, int(np.prod(shape)))).double()
     if len(shape) == 1 and name.endswith(".weight"):
         values = (numbers % 128 + 64) / 128
     else:
-        values = (numbers % 255 - 127) / (128 if len(shape) == 1 or "embed_tokens" in name else 256)
+        values = (numbers % 255 - 127) / (128 if len(shape) == 1 or "embed_tokens" in name else 512)
     return values.reshape(shape)
 
 
@@ -103,7 +103,7 @@ def picture(index: int) -> Image.Image:
 def shapes() -> dict[str, tuple[int, ...]]:
     """Our names of all weights."""
     c, d, w, inner = VISION_WIDTH, TEXT["hidden_size"], TEACHER_WIDTH, TEXT["intermediate_size"]
-    kv = TEXT["num_key_value_heads"] * TEXT["head_dim"]
+    q, kv = (TEXT[f"num_{kind}_heads"] * TEXT["head_dim"] for kind in ("attention", "key_value"))
     tower, projector = "model.vision_tower", "model.multi_modal_projector"
     found: dict[str, tuple[int, ...]] = {
         f"{tower}.class_embedding": (c,),
@@ -128,9 +128,9 @@ def shapes() -> dict[str, tuple[int, ...]]:
         found |= {f"{name}.output.weight": (c, c), f"{name}.output.bias": (c,)}
     for layer in range(TEXT["num_hidden_layers"]):
         name = f"model.language_model.layers.{layer}"
-        for part, size in (("q", d), ("k", kv), ("v", kv)):
+        for part, size in (("q", q), ("k", kv), ("v", kv)):
             found[f"{name}.self_attn.{part}_proj.weight"] = (size, d)
-        found[f"{name}.self_attn.o_proj.weight"] = (d, d)
+        found[f"{name}.self_attn.o_proj.weight"] = (d, q)
         found |= {f"{name}.mlp.{part}_proj.weight": (inner, d) for part in ("gate", "up")}
         found[f"{name}.mlp.down_proj.weight"] = (d, inner)
         found[f"{name}.input_layernorm.weight"] = (d,)

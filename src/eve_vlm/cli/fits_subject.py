@@ -282,8 +282,8 @@ def _answering(subject: Subject, asked: Asked) -> "Workload":
     limit = subject.config.text_config.max_position_embeddings
     tokens = grid["pictures"] * num_image_tokens(grid["rows"], grid["cols"])
     length = asked.length or min(tokens + USUAL_WORDS + USUAL_ANSWER, limit)
-    # A short sequence is shared between the question and its answer.
-    new_tokens = max(1, min(USUAL_ANSWER, (length - tokens) // 2))
+    # Two thirds of a short sequence's words are the answer's.
+    new_tokens = max(1, min(USUAL_ANSWER, (length - tokens) * 2 // 3))
     batch = asked.batch or 1
     return Workload(
         training=False,
