@@ -427,8 +427,8 @@ def estimated(name: str) -> dict[str, Any]:
     import torch
     from transformers import CLIPVisionModel
 
-    from eve_vlm.memory import MemoryModel
-    from eve_vlm.memory_formulas import Workload
+    from eve_vlm.memory.estimate import MemoryModel
+    from eve_vlm.memory.formulas import Workload
 
     case = CASES[name]
     teacher = None

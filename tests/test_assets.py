@@ -24,8 +24,10 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from eve_vlm import asset_archives, assets, cache
-from eve_vlm.asset_archives import Archive
+from eve_vlm import cache
+from eve_vlm.assets import archives as asset_archives
+from eve_vlm.assets import catalogue as assets
+from eve_vlm.assets.archives import Archive
 from test_cli import eve  # noqa: F401
 from test_cli import refused as refused_by_eve  # noqa: F401
 from tiny import refused
@@ -317,7 +319,7 @@ HELD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from eve_vlm import assets
+from eve_vlm.assets import catalogue
 import test_assets
 pics = Path({{pics!r}})
 given = test_assets.entry(pics, "npm", "@any/pics", "2.0", {{{{"package/svg/*": "drawn"}}}})

@@ -38,8 +38,8 @@ from eve_vlm import (
     eve_grid,
 )
 from eve_vlm.cli import main
-from eve_vlm.export import export
-from eve_vlm.initialize import initialize
+from eve_vlm.decoders.initialize import initialize
+from eve_vlm.export.folder import export
 from eve_vlm.loading import load_model, load_processor
 from eve_vlm.published_eve import published_name
 from oracle import patch_embedding as oracle
@@ -662,7 +662,7 @@ def test_published_checkpoints_are_exported_in_our_layout(tmp_path, format):
 def side_file(tmp_path_factory, model, processor):
     """Settings and weights of the patch embedding's file, as the gguf package reads them."""
     gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
-    from eve_vlm.export_decoder import write_patch_embedding
+    from eve_vlm.export.decoder import write_patch_embedding
 
     file = tmp_path_factory.mktemp("gguf") / "patch_embedding.gguf"
     write_patch_embedding(model, processor, file)
@@ -722,7 +722,7 @@ def test_the_side_file_has_every_weight_and_setting(side_file, model, processor)
 
 def test_half_precision_weights_are_float32_in_the_side_file(tmp_path, processor):
     gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
-    from eve_vlm.export_decoder import write_patch_embedding
+    from eve_vlm.export.decoder import write_patch_embedding
 
     write_patch_embedding(tiny.model().to(torch.bfloat16), processor, tmp_path / "file.gguf")
     kinds = {one.tensor_type.name for one in gguf.GGUFReader(tmp_path / "file.gguf").tensors}
@@ -853,7 +853,7 @@ def test_too_little_disk(tmp_path, saved_model, monkeypatch):
 )
 def test_a_missing_package_is_named(tmp_path, saved_model, adapter, package, settings, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("eve_vlm.export_decoder.find_spec", lambda name: None)
+    monkeypatch.setattr("eve_vlm.export.decoder.find_spec", lambda name: None)
     tools = llama_cpp(tmp_path / "tools", "")
     settings = {name: adapter[0] if value == "a" else value for name, value in settings.items()}
     text = tiny.refused(lambda: export(saved_model, tmp_path / "out", llama_cpp=tools, **settings))
@@ -865,7 +865,7 @@ def test_a_stop_half_way_leaves_nothing(tmp_path, saved_model, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("eve_vlm.export._write_card", stop)
+    monkeypatch.setattr("eve_vlm.export.folder._write_card", stop)
     with pytest.raises(KeyboardInterrupt):
         export(saved_model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -35,11 +35,11 @@ from eve_vlm.data.collator import EveCollator
 from eve_vlm.data.encode import Encoder
 from eve_vlm.data.records import Record
 from eve_vlm.data.teacher_view import TeacherView
-from eve_vlm.decoder_joining import check_same_logits
-from eve_vlm.decoder_loading import load_decoder, read_decoder_config
-from eve_vlm.decoder_text import CODE_MARKS, add_placeholder, with_pictures
+from eve_vlm.decoders.initialize import initialize
+from eve_vlm.decoders.joining import check_same_logits
+from eve_vlm.decoders.loading import load_decoder, read_decoder_config
+from eve_vlm.decoders.text import CODE_MARKS, add_placeholder, with_pictures
 from eve_vlm.image_processing_eve import eve_grid, longest_edge_of_budget, num_image_tokens
-from eve_vlm.initialize import initialize
 from eve_vlm.loading import load_model, load_processor
 from eve_vlm.patch_embedding_eve import EveProjector
 from eve_vlm.serve.engine import EveEngine, user_message
@@ -271,7 +271,7 @@ def test_the_other_way_of_tying(tmp_path, kind, tied):
 
 def test_the_decoder_is_moved_and_not_copied(tmp_path, llama, monkeypatch):
     """Memory is the decoder's and the patch embedding's: the storages are the same ones."""
-    import eve_vlm.initialize as module
+    import eve_vlm.decoders.initialize as module
 
     seen = {}
     load, put = module.load_decoder, module.put_decoder

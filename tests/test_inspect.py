@@ -24,10 +24,10 @@ import tiny
 from eve_vlm import EveConfig, EveImageProcessor
 from eve_vlm.checkpoint_files import WeightReader
 from eve_vlm.cli import app
-from eve_vlm.differences import collapsed, compare
-from eve_vlm.grid_picture import DARK, LIGHT, draw_grid, save_grid, token_index
-from eve_vlm.inspection import inspect, kind_of, parse_size, picture_settings
-from eve_vlm.inspection_text import differences_json, differences_text, facts_json, facts_text
+from eve_vlm.inspection.differences import collapsed, compare
+from eve_vlm.inspection.grid_picture import DARK, LIGHT, draw_grid, save_grid, token_index
+from eve_vlm.inspection.subjects import inspect, kind_of, parse_size, picture_settings
+from eve_vlm.inspection.text import differences_json, differences_text, facts_json, facts_text
 from tiny import refused
 
 SHIPPED = ("eve_7b/1_prealign", "eve_7b/2_pretrain", "eve_7b/3_finetune", "eve_7b/3_finetune_hd")
@@ -201,7 +201,7 @@ def test_a_published_checkpoint(official):
 
 
 BY_NAME = """
-from eve_vlm.inspection import inspect
+from eve_vlm.inspection.subjects import inspect
 for name in ("BAAI/EVE-7B-v1.0", "BAAI/EVE-7B-HD-v1.0"):
     facts = inspect(name)
     print(facts.kind, facts.weights is not None, facts.images["size"]["longest_edge"])
@@ -540,7 +540,7 @@ def test_values_are_compared_one_by_one(saved_model, tmp_path):
 
 
 def test_pieces_cover_every_number(monkeypatch, saved_model, tmp_path):
-    monkeypatch.setattr("eve_vlm.differences.PIECE", 7)
+    monkeypatch.setattr("eve_vlm.inspection.differences.PIECE", 7)
     other = tiny.model(seed=1)
     other.save_pretrained(tmp_path)
     found = compare(inspect(str(saved_model)), inspect(str(tmp_path)), weights=True)

@@ -17,16 +17,16 @@ import torch
 
 import tiny
 from eve_vlm import EveConfig
-from eve_vlm.memory import MemoryModel
-from eve_vlm.memory_formulas import Sizes, Workload, held
-from eve_vlm.memory_machine import (
+from eve_vlm.memory.estimate import MemoryModel
+from eve_vlm.memory.formulas import Sizes, Workload, held
+from eve_vlm.memory.machine import (
     Device,
     human_bytes,
     parse_bytes,
     smallest_change,
     this_machine,
 )
-from eve_vlm.memory_trace import CACHE, GRADIENTS, LiveBytes
+from eve_vlm.memory.trace import CACHE, GRADIENTS, LiveBytes
 from test_cli import eve, refused  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -51,7 +51,7 @@ class LayerTaps:
 
 
 def _layers_of(decoder: nn.Module) -> nn.Module:
-    """The decoder's layers: `layers` nearly everywhere, else its first list (GPT-2, OPT, Falcon)."""
+    """The decoder's layers: `layers` nearly everywhere, else its first list (GPT-2, Falcon)."""
     children = dict(decoder.named_children())
     if "layers" in children:
         return children["layers"]

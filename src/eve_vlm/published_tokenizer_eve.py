@@ -7,6 +7,7 @@ together here.
 """
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
@@ -24,7 +25,7 @@ def published_tokenizer(file: str | Path, *, chat_template: str) -> PreTrainedTo
     """
     file = Path(file)
     if file.suffix == ".json":
-        given = {"tokenizer_file": str(file)}
+        given: dict[str, Any] = {"tokenizer_file": str(file)}
     else:
         given = {"tokenizer_object": _from_sentencepiece(file)}
     return PreTrainedTokenizerFast(

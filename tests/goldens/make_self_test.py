@@ -1,6 +1,6 @@
 """Make the numbers that `eve doctor` compares a machine with, by the slow float64 loops.
 
-Run as `python tests/goldens/make_self_test.py src/eve_vlm/self_test.json`. Nothing here imports
+Run as `python tests/goldens/make_self_test.py src/eve_vlm/doctor/self_test.json`. Nothing here imports
 `eve_vlm`: geometry, pixels, patch embedding, aligner and decoder are those of `tests/oracle`, and
 the formula of the weights is written out a second time. One thing a reader would get wrong: the
 weights are whole numbers over powers of two with at most eight significant bits, so they are the

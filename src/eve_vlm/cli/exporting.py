@@ -39,7 +39,7 @@ def export(
 
     eve export runs/quickstart --out exported
     """
-    from eve_vlm.export import export as write
+    from eve_vlm.export.folder import export as write
 
     done = write(
         model,

@@ -23,7 +23,7 @@ def list_assets(context: typer.Context) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from eve_vlm.assets import asset_state, assets, assets_folder
+    from eve_vlm.assets.catalogue import asset_state, assets, assets_folder
 
     rows = [("name", "state", "download", "on disk", "licence", "what")]
     for asset in assets().values():
@@ -72,7 +72,7 @@ def fetch(
 
     eve assets fetch smollm2 teacher
     """
-    from eve_vlm import assets
+    from eve_vlm.assets import catalogue as assets
 
     if sum((bool(names), every, permissive)) != 1:
         raise ValueError(
@@ -109,7 +109,7 @@ def path(name: Annotated[str, typer.Argument(help="An asset; see `eve assets`.")
 
     eve assets path smollm2
     """
-    from eve_vlm.assets import asset_folder
+    from eve_vlm.assets.catalogue import asset_folder
 
     typer.echo(asset_folder(name))
 
@@ -125,7 +125,7 @@ def check(
 
     eve assets check
     """
-    from eve_vlm import assets
+    from eve_vlm.assets import catalogue as assets
 
     there = [
         name for name in assets.assets() if assets.asset_state(name) not in ("absent", "begun")
@@ -153,7 +153,7 @@ def check(
 
 
 def _announce(name: str) -> None:
-    from eve_vlm.assets import find_asset
+    from eve_vlm.assets.catalogue import find_asset
 
     asset = find_asset(name)
     typer.echo(f"{name}: {asset.what}")

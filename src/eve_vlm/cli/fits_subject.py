@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eve_vlm.configuration_eve import EveConfig
     from eve_vlm.image_processing_eve import EveImageProcessor
-    from eve_vlm.memory import MemoryModel
-    from eve_vlm.memory_formulas import Workload
-    from eve_vlm.memory_machine import Device
+    from eve_vlm.memory.estimate import MemoryModel
+    from eve_vlm.memory.formulas import Workload
+    from eve_vlm.memory.machine import Device
     from eve_vlm.train.recipe import Recipe
 
 # The published teacher; its sizes are no secret, so it need not be at hand.
@@ -105,9 +105,9 @@ class Subject:
             ValueError: if it is no model and no recipe, or cannot be read.
         """
         from eve_vlm.image_processing_eve import EveImageProcessor
-        from eve_vlm.inspection import kind_of
+        from eve_vlm.inspection.subjects import kind_of
         from eve_vlm.loading import load_config, load_processor
-        from eve_vlm.memory import MemoryModel
+        from eve_vlm.memory.estimate import MemoryModel
         from eve_vlm.train.build import picture_settings
         from eve_vlm.train.recipe import load_recipe
 
@@ -265,7 +265,7 @@ def _stage_of(subject: Subject) -> Stage:
 
 
 def _grid(subject: Subject, asked: Asked) -> dict[str, Any]:
-    from eve_vlm.inspection import parse_size
+    from eve_vlm.inspection.subjects import parse_size
 
     width, height = parse_size(asked.picture) if asked.picture else (1, 1)
     grid = subject.pictures.grid_of(height, width)
@@ -276,7 +276,7 @@ def _answering(subject: Subject, asked: Asked) -> "Workload":
     import torch
 
     from eve_vlm.image_processing_eve import num_image_tokens
-    from eve_vlm.memory_formulas import Workload
+    from eve_vlm.memory.formulas import Workload
 
     grid = _grid(subject, asked)
     limit = subject.config.text_config.max_position_embeddings
@@ -300,7 +300,7 @@ def _training(subject: Subject, asked: Asked, stage: Stage, rank: int) -> "Workl
     """One stage as the recipe, or the published settings, would train it."""
     import torch
 
-    from eve_vlm.memory_formulas import Workload
+    from eve_vlm.memory.formulas import Workload
 
     recipe = subject.recipe
     limit = subject.config.text_config.max_position_embeddings

@@ -56,8 +56,8 @@ def doctor(
 
     eve doctor --dtype float32 --dtype bfloat16
     """
-    from eve_vlm import doctor as examination
-    from eve_vlm.doctor_facts import gather
+    from eve_vlm.doctor import checkup as examination
+    from eve_vlm.doctor.facts import gather
 
     # `eve_vlm_command` leaves a note where the package could not be imported.
     broken = vars(sys.modules["eve_vlm"]).get("import_error", "")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from eve_vlm.inspection import Facts
+    from eve_vlm.inspection.subjects import Facts
 
 
 def inspect(
@@ -58,18 +58,18 @@ def inspect(
     ):
         if wrong:
             raise ValueError(f"{option} {reason}, or leave the option out.")
-    from eve_vlm.inspection import inspect as facts_of
+    from eve_vlm.inspection.subjects import inspect as facts_of
 
     facts = [facts_of(one, sizes=size or (), models=model or ()) for one in what]
     if two:
-        from eve_vlm.differences import compare
-        from eve_vlm.inspection_text import differences_json, differences_text
+        from eve_vlm.inspection.differences import compare
+        from eve_vlm.inspection.text import differences_json, differences_text
 
         found = compare(*facts, weights=weights)
         typer.echo(differences_json(found) if as_json else differences_text(found))
         raise typer.Exit(0 if found.equal else 1)
-    from eve_vlm.inspection_text import facts_json, facts_text
-    from eve_vlm.model_facts import ModelFacts
+    from eve_vlm.inspection.facts import ModelFacts
+    from eve_vlm.inspection.text import facts_json, facts_text
 
     if shapes and not isinstance(facts[0], ModelFacts):
         raise ValueError(f"--shapes lists the weights of a model, and {what[0]} is none.")
@@ -83,8 +83,13 @@ def _draw(facts: "Facts", out: Path, models: "list[str] | tuple[()]") -> list[Pa
     """One drawing for each model: `grid.png`, or `grid-672.png`, `grid-1344.png`, ..."""
     from PIL import Image
 
-    from eve_vlm.grid_picture import draw_grid, save_grid
-    from eve_vlm.inspection import SHIPPED_SETTINGS, PictureFacts, SizeFacts, picture_settings
+    from eve_vlm.inspection.grid_picture import draw_grid, save_grid
+    from eve_vlm.inspection.subjects import (
+        SHIPPED_SETTINGS,
+        PictureFacts,
+        SizeFacts,
+        picture_settings,
+    )
     from eve_vlm.pictures import open_picture
 
     if isinstance(facts, PictureFacts):

@@ -1,8 +1,8 @@
 """The command about memory: `eve fits` says whether a model runs or trains on this machine.
 
 Here are the options and what is printed; `fits_subject.py` makes workloads of them,
-`eve_vlm.memory` estimates and `eve_vlm.memory_machine` judges. Easy to get wrong: what is printed
-as needed has the safety margin in it, the table by part has not.
+`eve_vlm.memory.estimate` estimates and `eve_vlm.memory.machine` judges. Easy to get wrong: what is
+printed as needed has the safety margin in it, the table by part has not.
 """
 
 import json
@@ -13,8 +13,8 @@ import typer
 from .fits_subject import Asked, Dtype, Optim, Stage, Subject, Task, on_device, rows_of
 
 if TYPE_CHECKING:
-    from eve_vlm.memory_formulas import Workload
-    from eve_vlm.memory_machine import Device, Remedy
+    from eve_vlm.memory.formulas import Workload
+    from eve_vlm.memory.machine import Device, Remedy
 
 SAFETY_PERCENT = 10
 MALLOC_ADVICE = (
@@ -129,7 +129,7 @@ def _check(asked: Asked) -> None:
 
 
 def _devices(asked: Asked) -> "list[Device]":
-    from eve_vlm.memory_machine import Device, parse_bytes, this_machine
+    from eve_vlm.memory.machine import Device, parse_bytes, this_machine
 
     if asked.gpu_memory is not None:
         return [Device(f"GPU of {asked.gpu_memory}", "cuda", parse_bytes(asked.gpu_memory))]
@@ -140,7 +140,7 @@ def _print_one(
     subject: Subject, rows: "list[tuple[str, Workload]]", asked: Asked, *, as_json: bool
 ) -> None:
     """One workload by part, for each kind of device, and the verdicts."""
-    from eve_vlm.memory_machine import as_data, fits, human_bytes, parts_table, smallest_change
+    from eve_vlm.memory.machine import as_data, fits, human_bytes, parts_table, smallest_change
 
     title, plain = rows[0]
     devices, data = _devices(asked), []
@@ -179,7 +179,7 @@ def _print_all(
     """Every task on every device: what it needs, yes or no, and what would help."""
     from tqdm.auto import tqdm
 
-    from eve_vlm.memory_machine import as_data, fits, human_bytes, smallest_change, table
+    from eve_vlm.memory.machine import as_data, fits, human_bytes, smallest_change, table
 
     lines = [["task", "on", "as", "needs", "has", "fits", "smallest change that makes it fit"]]
     data = []
@@ -218,7 +218,7 @@ def _words(remedy: "Remedy | None") -> str:
 
 
 def _advice(remedy: "Remedy | None") -> str:
-    from eve_vlm.memory_machine import human_bytes
+    from eve_vlm.memory.machine import human_bytes
 
     if remedy is None:
         return "No change tried makes it fit; take a smaller model or a larger machine."

@@ -45,7 +45,7 @@ def init(
     eve init --llm Qwen/Qwen3-0.6B --out my-model
     """
     from eve_vlm.configuration_eve import EveVisionConfig
-    from eve_vlm.initialize import initialize
+    from eve_vlm.decoders.initialize import initialize
 
     made = initialize(
         llm,

@@ -15,9 +15,9 @@ from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionCo
 from eve_vlm.data.records import Record, parts_of
 from eve_vlm.data.sources import Mixture, build_source
 from eve_vlm.data.tokenizer import train_tokenizer
-from eve_vlm.decoder_joining import pad_with_something, put_decoder, settle_generation
-from eve_vlm.decoder_loading import load_decoder, load_decoder_tokenizer, read_decoder_config
-from eve_vlm.decoder_text import add_placeholder, chat_template_of
+from eve_vlm.decoders.joining import pad_with_something, put_decoder, settle_generation
+from eve_vlm.decoders.loading import load_decoder, load_decoder_tokenizer, read_decoder_config
+from eve_vlm.decoders.text import add_placeholder, chat_template_of
 from eve_vlm.image_processing_eve import EveImageProcessor
 from eve_vlm.loading import load_config, load_model, load_processor, require_model_folder
 from eve_vlm.modeling_eve import EveForConditionalGeneration

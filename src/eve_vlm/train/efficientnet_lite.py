@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eve_vlm.assets import asset_folder, asset_state
+from eve_vlm.assets.catalogue import asset_folder, asset_state
 
 # (repeats, kernel, stride of the first, expansion, width), as published for Lite0.
 STAGES = (

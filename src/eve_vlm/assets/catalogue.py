@@ -25,8 +25,8 @@ import yaml
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from eve_vlm.asset_archives import TRY, Archive, download, find_archive, sha256_of
-from eve_vlm.asset_unpacking import unpack
+from eve_vlm.assets.archives import TRY, Archive, download, find_archive, sha256_of
+from eve_vlm.assets.unpacking import unpack
 from eve_vlm.cache import cache_folder
 
 MANIFEST = "manifest.json"
@@ -99,7 +99,7 @@ class Fetched:
 @cache
 def assets() -> dict[str, Asset]:
     """{name: asset}, in the order of `assets.yaml`."""
-    table = yaml.safe_load((files("eve_vlm") / "assets.yaml").read_text(encoding="utf-8"))
+    table = yaml.safe_load((files("eve_vlm.assets") / "assets.yaml").read_text(encoding="utf-8"))
     return {
         name: Asset(
             name=name,

@@ -8,8 +8,8 @@ costs users hours (LLaVA issue 1101).
 import re
 from collections.abc import Callable
 
-from eve_vlm.doctor_facts import DISTRIBUTION, Facts
-from eve_vlm.doctor_findings import Finding, State, gib
+from eve_vlm.doctor.facts import DISTRIBUTION, Facts
+from eve_vlm.doctor.findings import Finding, State, gib
 
 SLOW_BFLOAT16 = 2.0  # times float32; less is not worth a word
 ENOUGH_SHARED = 2**30  # bytes; containers often have 64 MiB, one batch of large pictures is more

@@ -21,10 +21,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .configuration_eve import EveConfig, EveVisionConfig
-from .image_processing_eve import EveImageProcessorKwargs
-from .modeling_eve import EveForConditionalGeneration
-from .processing_eve import EveProcessor
+from eve_vlm.configuration_eve import EveConfig, EveVisionConfig
+from eve_vlm.image_processing_eve import EveImageProcessorKwargs
+from eve_vlm.modeling_eve import EveForConditionalGeneration
+from eve_vlm.processing_eve import EveProcessor
 
 CONVERTER = "convert_hf_to_gguf.py"
 ENVIRONMENT = "LLAMA_CPP"

@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .memory import Estimate, MemoryModel
-from .memory_formulas import Workload
+from eve_vlm.memory.estimate import Estimate, MemoryModel
+from eve_vlm.memory.formulas import Workload
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

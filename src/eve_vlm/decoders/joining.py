@@ -8,10 +8,10 @@ decoder's logits are taken before its vocabulary grows.
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .alignment_eve import EveForPreTraining
-from .configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
-from .modeling_eve import EveForConditionalGeneration
-from .processing_eve import EveProcessor
+from eve_vlm.alignment_eve import EveForPreTraining
+from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
+from eve_vlm.modeling_eve import EveForConditionalGeneration
+from eve_vlm.processing_eve import EveProcessor
 
 PROBE = "The quick brown fox jumps over"  # a few words; what they say does not matter
 SAME = 1e-6  # of the largest logit; the same operations in the same order give 0
@@ -146,7 +146,7 @@ def settle_generation(
             for name in SAMPLING:
                 setattr(config, name, None)
             notes = ("Its settings of sampling, which it does not use, are left out.",)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.config.text_config.vocab_size
     if processor.image_token_id >= rows and config.repetition_penalty not in (None, 1.0):
         # The library looks up the logit of every id of the prompt, and this one has none.
         notes += (f"Its repetition_penalty ({config.repetition_penalty}) is left out.",)

@@ -1,6 +1,6 @@
 """Facts about anything a user may point at: a model, a configuration, a recipe, a picture, a size.
 
-`inspect` decides what is meant and returns facts as plain data; `inspection_text` puts them into
+`inspect` decides what is meant and returns facts as plain data; `text.py` puts them into
 words, `differences` compares two of them.  Nothing is loaded: models are built on torch's meta
 device and of weight files only the headers are read.  Easy to get wrong: `tiny/1_prealign` looks
 like a Hub id and is a shipped recipe, which wins; a file or folder of any name wins over both.
@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from PIL import ExifTags, Image
 from transformers.utils import CONFIG_NAME
 
-from .image_processing_eve import EveImageProcessor
-from .loading import load_config, load_processor
-from .model_facts import (
+from eve_vlm.image_processing_eve import EveImageProcessor
+from eve_vlm.inspection.facts import (
     COMMON_SIZES,
     ModelFacts,
     TokensFact,
@@ -25,9 +24,10 @@ from .model_facts import (
     flattened,
     tokens_facts,
 )
-from .model_inspection import config_facts, model_facts
-from .pictures import open_picture
-from .published_eve import PRESETS, image_settings
+from eve_vlm.inspection.models import config_facts, model_facts
+from eve_vlm.loading import load_config, load_processor
+from eve_vlm.pictures import open_picture
+from eve_vlm.published_eve import PRESETS, image_settings
 
 if TYPE_CHECKING:
     from eve_vlm.train.recipe import Recipe

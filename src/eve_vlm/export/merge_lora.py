@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .errors import first_line
-from .modeling_eve import EveForConditionalGeneration
+from eve_vlm.errors import first_line
+from eve_vlm.modeling_eve import EveForConditionalGeneration
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Weight files that a training checkpoint holds beside the adapter, and that are no model weights.

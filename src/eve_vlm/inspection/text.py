@@ -12,9 +12,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .differences import Differences, collapsed
-from .inspection import Facts, PictureFacts, RecipeFacts, SizeFacts
-from .model_facts import PATCH_EMBEDDING, ModelFacts, PartFact, TokensFact, WeightsCheck, size
+from eve_vlm.inspection.differences import Differences, collapsed
+from eve_vlm.inspection.facts import (
+    PATCH_EMBEDDING,
+    ModelFacts,
+    PartFact,
+    TokensFact,
+    WeightsCheck,
+    size,
+)
+from eve_vlm.inspection.subjects import Facts, PictureFacts, RecipeFacts, SizeFacts
 
 SHOWN = 12  # weight names listed before "and n more"
 LONGEST_VALUE = 60  # characters of a differing setting; a chat template would fill the screen

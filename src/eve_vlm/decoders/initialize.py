@@ -12,14 +12,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .configuration_eve import EveConfig, EveVisionConfig
-from .decoder_joining import pad_with_something, put_decoder, settle_generation
-from .decoder_loading import load_decoder, load_decoder_tokenizer, read_decoder_config
-from .decoder_text import Placeholder, add_placeholder, chat_template_of
-from .image_processing_eve import EveImageProcessor, longest_edge_of_budget, num_image_tokens
-from .modeling_eve import EveForConditionalGeneration
-from .output_folder import new_folder, require_new
-from .processing_eve import EveProcessor
+from eve_vlm.configuration_eve import EveConfig, EveVisionConfig
+from eve_vlm.decoders.joining import pad_with_something, put_decoder, settle_generation
+from eve_vlm.decoders.loading import load_decoder, load_decoder_tokenizer, read_decoder_config
+from eve_vlm.decoders.text import Placeholder, add_placeholder, chat_template_of
+from eve_vlm.image_processing_eve import EveImageProcessor, longest_edge_of_budget, num_image_tokens
+from eve_vlm.modeling_eve import EveForConditionalGeneration
+from eve_vlm.output_folder import new_folder, require_new
+from eve_vlm.processing_eve import EveProcessor
 
 LONGEST_EDGE = 672  # pixels, the published start (paper section 4.1)
 DTYPES = ("float32", "bfloat16", "float16")

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .checkpoint_files import WeightEntry, WeightReader
-from .inspection import Facts, PictureFacts, RecipeFacts
-from .model_facts import ModelFacts, TensorFact, TokensFact, flattened, size, untied
-from .model_inspection import read_model_weights
-from .pictures import open_picture
+from eve_vlm.checkpoint_files import WeightEntry, WeightReader
+from eve_vlm.inspection.facts import ModelFacts, TensorFact, TokensFact, flattened, size, untied
+from eve_vlm.inspection.models import read_model_weights
+from eve_vlm.inspection.subjects import Facts, PictureFacts, RecipeFacts
+from eve_vlm.pictures import open_picture
 
 PIECE = 2**22  # numbers compared at a time; as float64 two times 34 MB
 

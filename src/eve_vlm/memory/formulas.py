@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from .alignment_eve import EveForPreTraining
-from .configuration_eve import EveConfig
-from .image_processing_eve import num_image_tokens
-from .layer_taps_eve import LayerTaps
-from .memory_trace import ALIGNER, DECODER, GRADIENTS, PATCH_EMBEDDING
-from .modeling_eve import EveForConditionalGeneration
+from eve_vlm.alignment_eve import EveForPreTraining
+from eve_vlm.configuration_eve import EveConfig
+from eve_vlm.image_processing_eve import num_image_tokens
+from eve_vlm.layer_taps_eve import LayerTaps
+from eve_vlm.memory.trace import ALIGNER, DECODER, GRADIENTS, PATCH_EMBEDDING
+from eve_vlm.modeling_eve import EveForConditionalGeneration
 
 TEMPORARIES = "optimizer's temporaries"
 

@@ -14,12 +14,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from .alignment_eve import EveForPreTraining
-from .checkpoint_files import WeightEntry
-from .configuration_eve import EveConfig
-from .errors import first_line
-from .image_processing_eve import EveImageProcessor, num_image_tokens
-from .modeling_eve import EveForConditionalGeneration
+from eve_vlm.alignment_eve import EveForPreTraining
+from eve_vlm.checkpoint_files import WeightEntry
+from eve_vlm.configuration_eve import EveConfig
+from eve_vlm.errors import first_line
+from eve_vlm.image_processing_eve import EveImageProcessor, num_image_tokens
+from eve_vlm.modeling_eve import EveForConditionalGeneration
 
 # (width, height): CLIP's square, photographs and screens both ways, a page of A4 at 150 dpi.
 COMMON_SIZES = ((336, 336), (640, 480), (1280, 720), (720, 1280), (1920, 1080), (1240, 1754))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
-from .image_processing_eve import EveGrid, EveImageProcessor, num_image_tokens
+from eve_vlm.image_processing_eve import EveGrid, EveImageProcessor, num_image_tokens
 
 # The longer side of the picture in the drawing, in pixels: 1344 shows the HD model 1 : 1.
 LONGEST = 1344

@@ -10,12 +10,12 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eve_vlm.doctor_facts import DISTRIBUTION, Facts
-from eve_vlm.doctor_findings import Finding, devices, extras, hub, torch_build, versions
-from eve_vlm.doctor_known import GROUP, KNOWN
+from eve_vlm.doctor.facts import DISTRIBUTION, Facts
+from eve_vlm.doctor.findings import Finding, devices, extras, hub, torch_build, versions
+from eve_vlm.doctor.known import GROUP, KNOWN
 
 if TYPE_CHECKING:
-    from eve_vlm.self_test import Row
+    from eve_vlm.doctor.self_test import Row
 
 WIDTH = 100  # characters of a line in the report
 MARKS = {"ok": "ok  ", "warn": "warn", "bad": "BAD "}
@@ -76,7 +76,7 @@ def self_tests(
     """The self-test's rows for each device and dtype; none where torch or the package is broken."""
     if {"torch", DISTRIBUTION} & facts.import_errors.keys():
         return {}
-    from eve_vlm.self_test import run_self_test
+    from eve_vlm.doctor.self_test import run_self_test
 
     return {
         (device, dtype): run_self_test(device, dtype, kernels=kernels(facts, device, dtype, asked))

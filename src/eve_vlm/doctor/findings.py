@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from eve_vlm.doctor_facts import DISTRIBUTION, Facts, normalised
+from eve_vlm.doctor.facts import DISTRIBUTION, Facts, normalised
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

@@ -2,7 +2,7 @@
 
 Three formats: the whole model as a transformers folder that brings its own code, the decoder alone
 as an ordinary language model, and the decoder as GGUF with the patch embedding as a side file
-(`export_decoder.py`).  Easy to get wrong: the library notes a class's code in a folder by a mark on
+(`decoder.py`).  Easy to get wrong: the library notes a class's code in a folder by a mark on
 the class, so the marks are taken off again, or every later `save_pretrained` would copy code too.
 """
 
@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import torch
 
-from .configuration_eve import EveConfig
-from .export_decoder import require_converter, require_gguf, write_decoder, write_gguf
-from .image_processing_eve import EveImageProcessor
-from .loading import find_model, load_model, load_processor
-from .merge_lora import check_base, merge_lora, require_adapter
-from .modeling_eve import EveForConditionalGeneration, EveModel
-from .output_folder import new_folder, require_new
-from .processing_eve import EveProcessor
+from eve_vlm.configuration_eve import EveConfig
+from eve_vlm.export.decoder import require_converter, require_gguf, write_decoder, write_gguf
+from eve_vlm.export.merge_lora import check_base, merge_lora, require_adapter
+from eve_vlm.image_processing_eve import EveImageProcessor
+from eve_vlm.loading import find_model, load_model, load_processor
+from eve_vlm.modeling_eve import EveForConditionalGeneration, EveModel
+from eve_vlm.output_folder import new_folder, require_new
+from eve_vlm.processing_eve import EveProcessor
 
 FORMATS = ("transformers", "decoder", "gguf")
 DTYPES = ("float32", "bfloat16", "float16")

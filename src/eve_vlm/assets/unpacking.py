@@ -23,7 +23,7 @@ from typing import IO, NamedTuple
 
 from tqdm.auto import tqdm
 
-from eve_vlm.asset_archives import CHUNK, Archive
+from eve_vlm.assets.archives import CHUNK, Archive
 from eve_vlm.errors import first_line
 
 

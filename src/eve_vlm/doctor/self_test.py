@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .image_processing_eve import num_image_tokens, resize_picture, to_rgb
-from .self_test_model import Bench
+from eve_vlm.doctor.self_test_model import Bench
+from eve_vlm.image_processing_eve import num_image_tokens, resize_picture, to_rgb
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}  # of the significand

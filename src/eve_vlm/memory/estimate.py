@@ -2,7 +2,7 @@
 
 Weights, gradients, moments of the optimizer and what sharding leaves of them are formulas over the
 model's own parameters, built on the `meta` device. Activations are counted by running the model's
-own code without memory (`memory_trace.py`). Each formula says where it comes from, and
+own code without memory (`trace.py`). Each formula says where it comes from, and
 `benchmarks/measure_memory.py` compares the sums with measured peaks (`docs/fits.md`).
 
 Easy to get wrong: a run has several phases, and not everything is held in each of them. The
@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .alignment_eve import EveForPreTraining
-from .configuration_eve import EveConfig
-from .memory_formulas import (
+from eve_vlm.alignment_eve import EveForPreTraining
+from eve_vlm.configuration_eve import EveConfig
+from eve_vlm.memory.formulas import (
     LOGIT_COPIES,
     SAFETY_MARGIN,
     TEMPORARIES,
@@ -37,8 +37,8 @@ from .memory_formulas import (
     parts_of,
     sizes_of,
 )
-from .memory_formulas import held as held_by
-from .memory_trace import (
+from eve_vlm.memory.formulas import held as held_by
+from eve_vlm.memory.trace import (
     BACKWARD,
     CACHE,
     GRADIENTS,
@@ -49,7 +49,7 @@ from .memory_trace import (
     Peak,
     rehearsal,
 )
-from .modeling_eve import EveForConditionalGeneration
+from eve_vlm.modeling_eve import EveForConditionalGeneration
 
 
 class Teacher(Protocol):

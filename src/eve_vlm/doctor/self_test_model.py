@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .alignment_eve import EveForPreTraining
-from .configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
-from .image_processing_eve import EveImageProcessor
+from eve_vlm.alignment_eve import EveForPreTraining
+from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
+from eve_vlm.image_processing_eve import EveImageProcessor
 
 NUMBERS = Path(__file__).with_name("self_test.json")
 PAD, IGNORED = 0, -100

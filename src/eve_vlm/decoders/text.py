@@ -17,8 +17,8 @@ from jinja2 import TemplateError
 from transformers import AddedToken, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .errors import first_line
-from .processing_eve import VICUNA_CHAT_TEMPLATE
+from eve_vlm.errors import first_line
+from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE
 
 IMAGE = "<image>"
 # What published models call a picture's place, the commonest first.

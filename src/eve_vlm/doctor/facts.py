@@ -39,7 +39,7 @@ class Facts:
     versions: of installed distributions, by normalised name.
     wants: what some installed distributions require, by normalised name.
     own: requirements of this package, [] where it is not installed.
-    torch: what `doctor_probe` answered; empty where torch could not be imported.
+    torch: what `probe.py` answered; empty where torch could not be imported.
     import_errors: last line of the error, by normalised name, of what could not be imported.
     cores, limit: cores that this process may use, and the control group's limit on CPU time.
     memory: (total, free) bytes of RAM, None where unknown; `shared` of it for data workers.
@@ -99,7 +99,7 @@ def error_of(stderr: str) -> str:
 
 def probe_torch() -> tuple[dict[str, Any], str]:
     """What torch says of this machine, and the error where it says nothing."""
-    code, output, stderr = run_python(str(Path(__file__).with_name("doctor_probe.py")))
+    code, output, stderr = run_python(str(Path(__file__).with_name("probe.py")))
     return (json.loads(output.splitlines()[-1]), "") if code == 0 else ({}, error_of(stderr))
 
 

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from transformers.utils import CONFIG_NAME, cached_file
 
-from .checkpoint_files import FILES, WeightEntry, list_weights
-from .configuration_eve import EveConfig
-from .errors import first_line
-from .image_processing_eve import EveImageProcessor
-from .loading import load_config, load_processor
-from .model_facts import (
+from eve_vlm.checkpoint_files import FILES, WeightEntry, list_weights
+from eve_vlm.configuration_eve import EveConfig
+from eve_vlm.errors import first_line
+from eve_vlm.image_processing_eve import EveImageProcessor
+from eve_vlm.inspection.facts import (
     DECODER_SHAPE,
     SPECIAL_IDS,
     ModelFacts,
@@ -32,7 +31,8 @@ from .model_facts import (
     tied_names,
     tokens_facts,
 )
-from .published_eve import (
+from eve_vlm.loading import load_config, load_processor
+from eve_vlm.published_eve import (
     find_preprocessor,
     image_settings,
     is_published,

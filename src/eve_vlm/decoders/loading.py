@@ -27,10 +27,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from .checkpoint_files import list_weights
-from .configuration_eve import EveConfig
-from .errors import first_line
-from .loading import find_model
+from eve_vlm.checkpoint_files import list_weights
+from eve_vlm.configuration_eve import EveConfig
+from eve_vlm.errors import first_line
+from eve_vlm.loading import find_model
 
 # What the decoder is called with (`EveModel.forward`).
 NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
@@ -86,7 +86,7 @@ def find_decoder(name: str | Path) -> DecoderPlace:
 
 
 def _gguf(file: Path) -> DecoderPlace:
-    from .export_decoder import require_gguf
+    from eve_vlm.export.decoder import require_gguf
 
     require_gguf()
     return DecoderPlace(file.parent, file.name)

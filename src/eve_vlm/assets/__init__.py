@@ -1,0 +1,1 @@
+"""Offline parts: fetched by `eve assets`, never shipped."""

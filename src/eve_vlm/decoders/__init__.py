@@ -1,0 +1,1 @@
+"""Language models of others, and what makes an EVE model of one: `eve init`."""

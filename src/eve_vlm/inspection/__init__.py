@@ -1,0 +1,1 @@
+"""What a model, recipe or picture is made of: `eve inspect`."""

@@ -1,0 +1,1 @@
+"""How much memory a model takes, by part: `eve fits`."""
