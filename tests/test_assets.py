@@ -163,7 +163,7 @@ def tree(folder):
 
 
 def test_the_table_is_complete():
-    raw = yaml.safe_load((ROOT / "src" / "eve_vlm" / "assets.yaml").read_text(encoding="utf-8"))
+    raw = yaml.safe_load((ROOT / "src" / "eve_vlm" / "assets" / "assets.yaml").read_text(encoding="utf-8"))
     table = assets.assets()
     assert list(table) == list(raw) and {"smollm2", "teacher", "openmoji", "wordnet"} <= set(table)
     for asset in table.values():
@@ -319,7 +319,7 @@ HELD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from eve_vlm.assets import catalogue
+from eve_vlm.assets import catalogue as assets
 import test_assets
 pics = Path({{pics!r}})
 given = test_assets.entry(pics, "npm", "@any/pics", "2.0", {{{{"package/svg/*": "drawn"}}}})

@@ -38,7 +38,7 @@ def formula_numbers(name: str, count: int) -> np.ndarray:
     differ between CPU and GPU.
 
     >>> formula_numbers("lm_head.weight", 2).tolist()
-    [1085398571, 2441023323]
+    [1921544081, 4032519890]
     """
     mask = np.uint64(0xFFFFFFFF)
     index = np.arange(count, dtype=np.uint64)
