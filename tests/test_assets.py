@@ -163,7 +163,9 @@ def tree(folder):
 
 
 def test_the_table_is_complete():
-    raw = yaml.safe_load((ROOT / "src" / "eve_vlm" / "assets" / "assets.yaml").read_text(encoding="utf-8"))
+    raw = yaml.safe_load(
+        (ROOT / "src" / "eve_vlm" / "assets" / "assets.yaml").read_text(encoding="utf-8")
+    )
     table = assets.assets()
     assert list(table) == list(raw) and {"smollm2", "teacher", "openmoji", "wordnet"} <= set(table)
     for asset in table.values():

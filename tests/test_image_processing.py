@@ -280,3 +280,12 @@ def test_settings_may_change_for_one_call(processor):
     larger = images(tiny.picture(32, 32), size={"longest_edge": 64})
     assert larger["image_grid_thw"].tolist() == [[1, 16, 16]]
     assert images(tiny.picture(32, 32))["image_grid_thw"].tolist() == [[1, 8, 8]]
+
+
+def test_the_square_that_sizes_are_told_by():
+    """A large square: the longest edge, or what a budget makes of it; not a picture of one pixel."""
+    plain = EveImageProcessor(size={"longest_edge": 672})
+    assert plain.square_grid() == (672, 672, 24, 24)
+    budget = EveImageProcessor(size={"longest_edge": 3528}, max_image_tokens=128)
+    grid = budget.square_grid()
+    assert num_image_tokens(grid.rows, grid.cols) == 111  # one more row and column would be 133

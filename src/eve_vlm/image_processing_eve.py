@@ -274,6 +274,10 @@ class EveImageProcessor(PilBackend):
             self.max_image_tokens,
         )
 
+    def square_grid(self) -> EveGrid:
+        """The grid of a large square picture, which says how many tokens a picture takes."""
+        return self.grid_of(self.size["longest_edge"], self.size["longest_edge"])
+
     @staticmethod
     def _grid(
         height: int,

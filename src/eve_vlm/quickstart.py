@@ -114,7 +114,7 @@ def run_quickstart(
         stages[recipe.stage.name] = finished_run(recipe) or train(recipe, resume=True)
     trained = time.perf_counter()
     engine = EveEngine.from_pretrained(recipes[-1].output_dir)
-    square = engine.processor.image_processor.grid_of(1, 1)
+    square = engine.processor.image_processor.square_grid()
     result = Quickstart(
         seed=seed,
         parameters=engine.model.num_parameters(),

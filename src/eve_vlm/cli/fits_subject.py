@@ -267,8 +267,11 @@ def _stage_of(subject: Subject) -> Stage:
 def _grid(subject: Subject, asked: Asked) -> dict[str, Any]:
     from eve_vlm.inspection.subjects import parse_size
 
-    width, height = parse_size(asked.picture) if asked.picture else (1, 1)
-    grid = subject.pictures.grid_of(height, width)
+    if asked.picture:
+        width, height = parse_size(asked.picture)
+        grid = subject.pictures.grid_of(height, width)
+    else:
+        grid = subject.pictures.square_grid()
     return {"rows": grid.rows, "cols": grid.cols, "pictures": asked.pictures}
 
 

@@ -82,7 +82,8 @@ def initialize(
         min_image_tokens=min_image_tokens,
         max_image_tokens=max_image_tokens,
     )
-    with tqdm(total=4, desc="reading settings", leave=False, bar_format="{l_bar}{bar}|") as bar:
+    look = {"leave": False, "bar_format": "{l_bar}{bar}|", "disable": None}  # on a terminal only
+    with tqdm(total=4, desc="reading settings", **look) as bar:
         text_config = read_decoder_config(llm)
         EveConfig(text_config=text_config, projector_depth=projector_depth)  # refuses now
         square = check_room_for_pictures(pictures, text_config, name=str(llm))
@@ -170,8 +171,7 @@ def check_room_for_pictures(
     Raises:
         ValueError: if the decoder does not take as many tokens, or does not say how many it takes.
     """
-    edge = pictures.size["longest_edge"]
-    grid = pictures.grid_of(edge, edge)
+    grid = pictures.square_grid()
     tokens = num_image_tokens(grid.rows, grid.cols)
     try:
         limit = text_config.max_position_embeddings

@@ -34,6 +34,7 @@ from eve_vlm.loading import find_model
 
 # What the decoder is called with (`EveModel.forward`).
 NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 ROLES = ("bos", "eos", "unk", "pad")
 TAKE = "take a decoder-only language model such as Llama, Qwen 3 or SmolLM"
 UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
@@ -244,6 +245,11 @@ def load_decoder_tokenizer(
         ValueError: if there is none, or it cannot say where in a text its tokens lie.
     """
     place = find_decoder(name)
+    if place.gguf is None and not any((place.folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(
+            f"{name} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the decoder's "
+            "own there."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(place.folder, **place.arguments)
     except UNREADABLE as error:

@@ -163,7 +163,7 @@ def describe(recipe: Recipe) -> str:
     sequences = arguments["per_device_train_batch_size"] * arguments.get(
         "gradient_accumulation_steps", 1
     )
-    picture = EveImageProcessor(**picture_settings(recipe)).grid_of(1, 1)
+    picture = EveImageProcessor(**picture_settings(recipe)).square_grid()
     tokens = num_image_tokens(picture.rows, picture.cols)
     return "\n".join(
         [
