@@ -169,6 +169,21 @@ def test_the_golden_weights_in_their_own_layout(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_what_is_saved_is_ours(tmp_path, folder, weights):
+    """Also from a published file; and the library's own layout of a decoder stays as it is."""
+    model, processor = eve_vlm.load(folder, device="cpu")
+    model.save_pretrained(tmp_path / "a")
+    processor.save_pretrained(tmp_path / "a")
+    expected = convert_state_dict(weights)
+    assert load_file(tmp_path / "a" / "model.safetensors").keys() == expected.keys()
+    same(eve_vlm.load(tmp_path / "a", device="cpu").model, expected)
+    mixture = tiny.model(tiny.config(model_type="mixtral", num_local_experts=2))
+    mixture.save_pretrained(tmp_path / "b")
+    names = load_file(tmp_path / "b" / "model.safetensors").keys()
+    assert "model.language_model.layers.0.block_sparse_moe.experts.0.w1.weight" in names
+    same(EveForConditionalGeneration.from_pretrained(tmp_path / "b"), mixture.state_dict())
+
+
 def test_the_aligner_only_where_it_is_asked_for(tmp_path, weights):
     teacher = tmp_path / "teacher"
     teacher.mkdir()

@@ -179,6 +179,7 @@ class EvePreTrainedModel(PreTrainedModel):
     # What a published checkpoint holds beyond the model, and training beyond answering: the list of
     # what may be left over.
     _keys_to_ignore_on_load_unexpected = [*DROPPED, r"^aligner\."]
+    _from_published = False
 
     @classmethod
     def from_pretrained(
@@ -195,6 +196,7 @@ class EvePreTrainedModel(PreTrainedModel):
             key_mapping = KEY_MAPPING if published else None
         loaded = super().from_pretrained(name, *args, key_mapping=key_mapping, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._from_published = published
         if published and model.can_generate():
             # Theirs carries sampling values beside `do_sample: false`, which newer versions of the
             # library refuse to save; the token ids are all that a greedy answer needs.
@@ -207,10 +209,17 @@ class EvePreTrainedModel(PreTrainedModel):
         self,
         save_directory: str | PathLike,
         *args,
-        save_original_format: bool = False,
+        save_original_format: bool | None = None,
         **kwargs,
     ) -> Any:
-        """The library's; in our own layout, also where the weights came from a published file."""
+        """The library's; in our own layout, also where the weights came from a published file.
+
+        Args:
+            save_original_format: the library's, which turns renames of the load back; None means
+                yes, but for published checkpoints.
+        """
+        if save_original_format is None:
+            save_original_format = not self._from_published
         return super().save_pretrained(
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )
