@@ -82,8 +82,14 @@ def initialize(
         min_image_tokens=min_image_tokens,
         max_image_tokens=max_image_tokens,
     )
-    look = {"leave": False, "bar_format": "{l_bar}{bar}|", "disable": None}  # on a terminal only
-    with tqdm(total=4, desc="reading settings", **look) as bar:
+    # On a terminal only (`disable=None`), and gone at the end.
+    with tqdm(
+        total=4,
+        desc="reading settings",
+        leave=False,
+        bar_format="{l_bar}{bar}|",
+        disable=None,
+    ) as bar:
         text_config = read_decoder_config(llm)
         EveConfig(text_config=text_config, projector_depth=projector_depth)  # refuses now
         square = check_room_for_pictures(pictures, text_config, name=str(llm))
