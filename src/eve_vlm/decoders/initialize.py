@@ -82,14 +82,7 @@ def initialize(
         min_image_tokens=min_image_tokens,
         max_image_tokens=max_image_tokens,
     )
-    # On a terminal only (`disable=None`), and gone at the end.
-    with tqdm(
-        total=4,
-        desc="reading settings",
-        leave=False,
-        bar_format="{l_bar}{bar}|",
-        disable=None,
-    ) as bar:
+    with _progress("reading settings") as bar:
         text_config = read_decoder_config(llm)
         EveConfig(text_config=text_config, projector_depth=projector_depth)  # refuses now
         square = check_room_for_pictures(pictures, text_config, name=str(llm))
@@ -128,6 +121,11 @@ def initialize(
         notes=notes,
         next_step=_next_step(out, model.config, longest_edge or square[0]),
     )
+
+
+def _progress(text: str) -> tqdm:
+    """Four steps; on a terminal only (`disable=None`), and gone at the end."""
+    return tqdm(total=4, desc=text, leave=False, bar_format="{l_bar}{bar}|", disable=None)
 
 
 def _step(bar: tqdm, text: str) -> None:
