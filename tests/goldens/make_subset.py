@@ -61,7 +61,7 @@ def copy_light(full: Path, out: Path) -> None:
     for group in ("tokenizer", "openai", "preprocess", "text", "train"):
         for file in sorted((full / group).rglob("*")):
             inputs = group == "preprocess" and file.suffix == ".safetensors"
-            if file.is_file() and file.suffix not in (".md", ".model") and not inputs:
+            if file.is_file() and file.suffix != ".md" and not inputs:
                 copy(file, out / file.relative_to(full))
 
 

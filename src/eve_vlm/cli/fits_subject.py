@@ -10,6 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .options import Dtype
+
 if TYPE_CHECKING:
     from eve_vlm.configuration_eve import EveConfig
     from eve_vlm.image_processing_eve import EveImageProcessor
@@ -45,14 +47,6 @@ class Stage(StrEnum):
     prealign = "prealign"
     pretrain = "pretrain"
     finetune = "finetune"
-
-
-class Dtype(StrEnum):
-    """Types of weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class Optim(StrEnum):
@@ -397,4 +391,4 @@ def _sharding(recipe: "Recipe | None", asked: Asked) -> Any:
     return f"zero{stage}" if stage else "none"
 
 
-__all__ = ["Asked", "Dtype", "Optim", "Stage", "Subject", "Task", "on_device", "rows_of"]
+__all__ = ["Asked", "Optim", "Stage", "Subject", "Task", "on_device", "rows_of"]

@@ -10,13 +10,7 @@ from typing import Annotated
 
 import typer
 
-
-class Dtype(StrEnum):
-    """Dtypes of the self-test."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+from .options import Dtype
 
 
 class Kernel(StrEnum):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .fits_subject import Asked, Dtype, Optim, Stage, Subject, Task, on_device, rows_of
+from .fits_subject import Asked, Optim, Stage, Subject, Task, on_device, rows_of
+from .options import Dtype
 
 if TYPE_CHECKING:
     from eve_vlm.memory.formulas import Workload

@@ -9,20 +9,14 @@ from typing import Annotated
 
 import typer
 
+from .options import Dtype
+
 
 class Layout(StrEnum):
     """The two layouts that a checkpoint can have."""
 
     ours = "ours"
     published = "published"
-
-
-class Dtype(StrEnum):
-    """Types that weights are stored in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def convert(
@@ -73,4 +67,4 @@ def convert(
         typer.echo(f"Checked: {done.compared} weights read again, all equal bit by bit.")
 
 
-__all__ = ["Dtype", "Layout", "convert"]
+__all__ = ["Layout", "convert"]
