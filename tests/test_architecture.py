@@ -82,12 +82,15 @@ def ours(path):
 
 # What a model folder on the Hub would have to bring along; they import the library and each other.
 HUB = {
+    "errors": set(),
     "published_eve": set(),
     "published_tokenizer_eve": set(),
     "configuration_eve": {"published_eve"},
     "image_processing_eve": {"published_eve"},
     "processing_eve": {"image_processing_eve", "published_eve", "published_tokenizer_eve"},
-    "patch_embedding_eve": {"configuration_eve", "image_processing_eve", "published_eve"},
+    "patch_embedding_eve": {
+        *("configuration_eve", "errors", "image_processing_eve", "published_eve"),
+    },
     "layer_taps_eve": set(),
     "modeling_eve": {"configuration_eve", "layer_taps_eve", "patch_embedding_eve"},
 }

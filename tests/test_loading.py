@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from eve_vlm import EveForConditionalGeneration, EveForPreTraining
-from eve_vlm.loading import check_loaded, load_model, load_processor, require_model_folder
+from eve_vlm.errors import check_loaded
+from eve_vlm.loading import load_model, load_processor, require_model_folder
 
 
 @pytest.fixture

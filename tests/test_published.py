@@ -169,6 +169,24 @@ def test_the_golden_weights_in_their_own_layout(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("cls", [EveForConditionalGeneration, AutoModelForImageTextToText])
+def test_the_classes_list_what_is_missing_or_surplus(tmp_path, weights, cls):
+    """As `eve_vlm.load` does: nothing is filled with random numbers, nothing dropped."""
+    gone = "model.vision_tower.global_attention.q.1.weight"
+    less = {name: weight for name, weight in weights.items() if name != gone}
+    place = published.write(tmp_path / "less", published.tiny_config(), less, kind="bin")
+    text = refused(lambda: cls.from_pretrained(place))
+    assert "lacks 1 weights (model.vision_tower.class_attention.query.weight)" in text
+    assert "lacks 1 weights" in refused(lambda: eve_vlm.load(place, device="cpu"))
+    more = weights | {"model.vision_tower.extra": torch.ones(2)}
+    place = published.write(tmp_path / "more", published.tiny_config(), more, kind="bin")
+    assert "surplus 1 weights (model.vision_tower.extra)" in refused(
+        lambda: cls.from_pretrained(place)
+    )
+    _, report = EveForConditionalGeneration.from_pretrained(place, output_loading_info=True)
+    assert report["unexpected_keys"] == {"model.vision_tower.extra"}
+
+
 def test_what_is_saved_is_ours(tmp_path, folder, weights):
     """Also from a published file; and the library's own layout of a decoder stays as it is."""
     model, processor = eve_vlm.load(folder, device="cpu")

@@ -26,13 +26,12 @@ from transformers.utils import logging as transformers_logging
 from .alignment_eve import EveForPreTraining
 from .checkpoint_files import list_weights
 from .configuration_eve import EveConfig
-from .errors import first_line
+from .errors import check_loaded, first_line, listed
 from .modeling_eve import EveForConditionalGeneration
 from .output_folder import require_room
 from .processing_eve import EveProcessor
 from .published_eve import is_published
 
-SHOWN = 6  # names listed in a message before "and n more"
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
 
@@ -187,29 +186,6 @@ def _read_settings(file: Path) -> dict[str, Any]:
     raise ValueError(f"{file} cannot be read ({said}); copy or save it again.")
 
 
-def check_loaded(
-    folder: str | Path,
-    missing: Iterable[str],
-    surplus: Iterable[str],
-    *,
-    allowed: Iterable[str] = (),
-) -> None:
-    """Compares what a load reported with the names that `allowed` (regular expressions) excuses.
-
-    Raises:
-        ValueError: with the names.
-    """
-    excused = [re.compile(pattern) for pattern in allowed]
-    for kind, names in (("lacks", missing), ("has surplus", surplus)):
-        bad = sorted(name for name in names if not any(pattern.match(name) for pattern in excused))
-        if bad:
-            raise ValueError(
-                f"The checkpoint {folder} {kind} {len(bad)} weights "
-                f"({_listed(bad)}); it belongs to "
-                "another model or was saved in part, so save it again with save_pretrained."
-            )
-
-
 @contextmanager
 def _own_words() -> Iterator[None]:
     """Silences the library's table of missing and surplus weights: here they are errors."""
@@ -226,13 +202,8 @@ def _check_shapes(folder: Path, mismatched: Iterable[tuple]) -> None:
     if names:
         raise ValueError(
             f"{len(names)} weights in {folder} have another shape than its config.json says "
-            f"({_listed(names)}); it was changed or put together from two models, so save it again."
+            f"({listed(names)}); it was changed or put together from two models, so save it again."
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def require_model_folder(folder: str | Path) -> Path:
@@ -313,7 +284,6 @@ def load_processor(
 
 __all__ = [
     "Loaded",
-    "check_loaded",
     "find_model",
     "load",
     "load_config",

@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_eve import EveConfig, EveVisionConfig
+from .errors import check_loaded
 from .image_processing_eve import num_image_tokens
 from .published_eve import DROPPED, KEY_MAPPING, hub_arguments, published_config_of
 
@@ -178,7 +179,7 @@ class EvePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     # What a published checkpoint holds beyond the model, and training beyond answering: the list of
     # what may be left over.
-    _keys_to_ignore_on_load_unexpected = [*DROPPED, r"^aligner\."]
+    _keys_to_ignore_on_load_unexpected = [*DROPPED, r"^aligner\.", r"^lm_head\.weight$"]
     _from_published = False
 
     @classmethod
@@ -189,21 +190,26 @@ class EvePreTrainedModel(PreTrainedModel):
         key_mapping: dict[str, str] | None = None,
         **kwargs,
     ) -> Any:
-        """The library's, which also reads the published EVE v1 checkpoints, by name or folder."""
+        """The library's, which also reads the published EVE v1 checkpoints, by name or folder.
+
+        Raises:
+            ValueError: if a published checkpoint lacks a weight or has a surplus one, unless the
+                caller asks for `output_loading_info` to judge by itself.
+        """
         name, published = pretrained_model_name_or_path, False
         if key_mapping is None and name is not None:
             published = published_config_of(name, **hub_arguments(kwargs)) is not None
             key_mapping = KEY_MAPPING if published else None
-        loaded = super().from_pretrained(name, *args, key_mapping=key_mapping, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        asked = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(
+            name, *args, key_mapping=key_mapping, output_loading_info=True, **kwargs
+        )
         model._from_published = published
-        if published and model.can_generate():
-            # Theirs carries sampling values beside `do_sample: false`, which newer versions of the
-            # library refuse to save; the token ids are all that a greedy answer needs.
-            ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-            given = model.generation_config.to_dict()
-            model.generation_config = GenerationConfig(**{name: given[name] for name in ids})
-        return loaded
+        if published:
+            if not asked:
+                check_loaded(str(name), report["missing_keys"], report["unexpected_keys"])
+            _greedy(model)
+        return (model, report) if asked else model
 
     def save_pretrained(
         self,
@@ -245,6 +251,18 @@ class EvePreTrainedModel(PreTrainedModel):
             init.normal_(module.row_end_embedding)
         else:
             super()._init_weights(module)
+
+
+def _greedy(model: PreTrainedModel) -> None:
+    """Leaves only token ids in the generation settings of a published checkpoint.
+
+    Theirs carry sampling values beside `do_sample: false`, which newer versions of the library
+    refuse to save; a greedy answer needs none of them.
+    """
+    if model.can_generate():
+        given = model.generation_config.to_dict()
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: given[name] for name in ids})
 
 
 class EvePatchEmbedding(EvePreTrainedModel):
