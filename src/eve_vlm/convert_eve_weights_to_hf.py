@@ -110,7 +110,7 @@ def convert(
             if settings is None:
                 _write_ours(folder, source, config, processor, dtype)
             else:
-                _write_published(folder, source, settings, processor, dtype)
+                _write_published(folder, source, config, settings, processor, dtype)
             compared = _compare_written(folder, reader, moves) if check else None
     return Conversion(
         weights=len(moves),
@@ -246,15 +246,19 @@ def _generation_config(config: EveConfig) -> GenerationConfig:
 
 
 def _write_published(
-    folder: Path, source: Path, settings: dict, processor: Any, dtype: torch.dtype | None
+    folder: Path,
+    source: Path,
+    config: EveConfig,
+    settings: dict[str, dict[str, Any]],
+    processor: Any,
+    dtype: torch.dtype | None,
 ) -> None:
-    config, preprocessor = settings["config"], settings["preprocessor"]
+    flat, preprocessor = settings["config"], settings["preprocessor"]
     if dtype is not None:
-        config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    for name, content in (("config.json", config), (PREPROCESSOR_FILE, preprocessor)):
+        flat["torch_dtype"] = str(dtype).removeprefix("torch.")
+    for name, content in (("config.json", flat), (PREPROCESSOR_FILE, preprocessor)):
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**ids).save_pretrained(folder)
+    _generation_config(config).save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
     if (source / SENTENCEPIECE_FILE).is_file():
         shutil.copy(source / SENTENCEPIECE_FILE, folder)

@@ -87,18 +87,14 @@ def find_model(name_or_folder: str | Path) -> Path:
         return folder
     if folder.exists() or not _may_be_hub_id(str(name_or_folder)):
         raise ValueError(f"{name_or_folder} is no folder; name a model's folder or its Hub id.")
-    found = _small_files(str(name_or_folder))
+    name, offline = str(name_or_folder), not _hub_answers()
+    found = _download(name, SMALL_FILES, offline=offline)
     kind = "*.bin" if list(found.glob("pytorch_model.bin*")) else "*.safetensors"
-    return _download(str(name_or_folder), [*SMALL_FILES, kind])
+    return _download(name, [*SMALL_FILES, kind], offline=offline)
 
 
-def _small_files(name: str) -> Path:
-    """Everything of a Hub id but its weights, in a folder."""
-    return _download(name, SMALL_FILES)
-
-
-def _download(name: str, patterns: list[str]) -> Path:
-    offline = not _hub_answers()
+def _download(name: str, patterns: list[str], *, offline: bool) -> Path:
+    """The files of a Hub id that fit the patterns; with `offline` from the cache alone."""
     try:
         if not offline:
             require_room(HF_HUB_CACHE, _bytes_to_download(name, patterns))
@@ -145,13 +141,8 @@ def load_config(name_or_folder: str | Path) -> EveConfig:
     if not place.exists():
         if not _may_be_hub_id(str(name_or_folder)):
             raise ValueError(f"{name_or_folder} is not there; name a folder, a file or a Hub id.")
-        place = _small_files(str(name_or_folder))
-    file = place if place.is_file() else place / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"{place} holds no model (no config.json); name a folder that training or "
-            "save_pretrained wrote."
-        )
+        place = _download(str(name_or_folder), SMALL_FILES, offline=not _hub_answers())
+    file = place if place.is_file() else _config_file(place)
     settings = _read_settings(file)
     if settings.get("model_type") == "eve-qwen2":
         raise ValueError(
@@ -173,6 +164,16 @@ def load_config(name_or_folder: str | Path) -> EveConfig:
             "another folder, or make one of it with `eve init`."
         )
     return config
+
+
+def _config_file(folder: Path) -> Path:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} holds no model (no config.json); name a folder that training or "
+            "save_pretrained wrote."
+        )
+    return file
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -213,11 +214,7 @@ def require_model_folder(folder: str | Path) -> Path:
         ValueError: if it is not there or holds something else.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} holds no model (no config.json); name a folder that training or "
-            "save_pretrained wrote."
-        )
+    _config_file(folder)  # here a name that is no folder is not looked up on the Hub
     load_config(folder)
     return folder
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eve_vlm.configuration_eve import EveConfig, EveVisionConfig
-from eve_vlm.decoders.joining import pad_with_something, put_decoder, settle_generation
+from eve_vlm.decoders.joining import end_ids, pad_with_something, put_decoder, settle_generation
 from eve_vlm.decoders.loading import load_decoder, load_decoder_tokenizer, read_decoder_config
 from eve_vlm.decoders.text import Placeholder, add_placeholder, chat_template_of
 from eve_vlm.image_processing_eve import EveImageProcessor, longest_edge_of_budget, num_image_tokens
@@ -203,8 +203,7 @@ def make_processor(
 ) -> tuple[EveProcessor, Placeholder, tuple[str, ...]]:
     """The processor around a decoder's own tokenizer, its placeholder, and what was changed."""
     words = decoder.get_input_embeddings().weight
-    ends = decoder.generation_config.eos_token_id
-    taken = [ends] if isinstance(ends, int) else ends or []
+    taken = end_ids(decoder.generation_config)
     placeholder = add_placeholder(tokenizer, rows=len(words), embedding=words, taken=taken)
     notes = pad_with_something(tokenizer)
     if isinstance(tokenizer.chat_template, dict) and chat_template is None:
@@ -222,9 +221,8 @@ def make_processor(
 
 
 def _end_answers_at(model: EveForConditionalGeneration, id: int) -> None:
-    ends = model.generation_config.eos_token_id
-    given = [ends] if isinstance(ends, int) else list(ends or [])
-    model.generation_config.eos_token_id = list(dict.fromkeys([*given, id]))
+    ends = [*end_ids(model.generation_config), id]
+    model.generation_config.eos_token_id = list(dict.fromkeys(ends))
 
 
 def parameters_by_part(model: EveForConditionalGeneration) -> dict[str, int]:

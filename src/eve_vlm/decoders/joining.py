@@ -6,7 +6,7 @@ decoder's logits are taken before its vocabulary grows.
 """
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eve_vlm.alignment_eve import EveForPreTraining
 from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
@@ -126,6 +126,12 @@ def pad_with_something(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return (f"Padding, which the tokenizer has no token for, is {tokenizer.pad_token}.",)
 
 
+def end_ids(config: GenerationConfig) -> list[int]:
+    """Every id that ends an answer; the library keeps one, a list or None."""
+    ends = config.eos_token_id
+    return [ends] if isinstance(ends, int) else list(ends or [])
+
+
 def settle_generation(
     model: EveForConditionalGeneration, processor: EveProcessor
 ) -> tuple[str, ...]:
@@ -156,6 +162,7 @@ def settle_generation(
 
 __all__ = [
     "check_same_logits",
+    "end_ids",
     "grow_embedding",
     "new_parts",
     "pad_with_something",

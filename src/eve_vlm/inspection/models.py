@@ -36,6 +36,7 @@ from eve_vlm.published_eve import (
     find_preprocessor,
     image_settings,
     is_published,
+    published_config_of,
     rename_weight,
 )
 
@@ -95,7 +96,7 @@ def model_facts(name: str, sizes: Sequence[tuple[int, int]]) -> ModelFacts:
         notes.append(first_line(error) + ".")
     return _facts_of(
         name,
-        kind="published checkpoint" if is_published(_settings_of(name)) else "model",
+        kind="model" if published_config_of(_folder_of(name)) is None else "published checkpoint",
         config=config,
         pictures=pictures,
         template=template,
@@ -106,12 +107,8 @@ def model_facts(name: str, sizes: Sequence[tuple[int, int]]) -> ModelFacts:
     )
 
 
-def _settings_of(name: str) -> dict[str, Any]:
-    """The `config.json` of a folder, or of a Hub id that was looked at before."""
-    return json.loads((_folder_of(name) / CONFIG_NAME).read_text(encoding="utf-8"))
-
-
 def _folder_of(name: str) -> Path:
+    """A folder as it is, or that of a Hub id which was looked at before."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -126,7 +123,7 @@ def read_model_weights(name: str) -> tuple[dict[str, WeightEntry] | None, list[s
     folder = _folder_of(name)
     if not any((folder / file).is_file() for pair in FILES for file in pair):
         return None, []
-    published = is_published(_settings_of(name))
+    published = published_config_of(folder) is not None
     entries, dropped = {}, []
     for stored, entry in list_weights(folder).items():
         ours = rename_weight(stored) if published else stored
