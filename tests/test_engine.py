@@ -1,4 +1,6 @@
-"""The engine: a batch answers as each question alone, marks say where pictures go, refusals.
+"""The engine: marks say where pictures go, settings, files and folders, refusals.
+
+That a batch answers as each question alone is in `test_running_batch.py`.
 
 Answers are compared as text. Greedy search compares scores, so a tie within float32 rounding could
 go either way; the models here have large weights, which keeps the best two far apart.
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 
 import tiny
+from conversations import random_question
 from eve_vlm import num_image_tokens
 from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM
 from eve_vlm.serve.engine import EveEngine, user_message
@@ -22,35 +25,6 @@ refused = partial(tiny.refused, end=".")
 @pytest.fixture(scope="module")
 def engine():
     return EveEngine(tiny.model(), tiny.processor())
-
-
-def random_question(rng):
-    """A conversation of one to three turns with up to three pictures, some without any."""
-    messages = []
-    for turn in range(rng.randint(1, 3)):
-        count = rng.choice([0, 0, 1, 1, 2, 3]) if turn < 2 else 0
-        pictures = [
-            tiny.picture(rng.randint(3, 60), rng.randint(3, 60), seed=rng.randint(0, 10**6))
-            for _ in range(count)
-        ]
-        words = " ".join(rng.choices(tiny.QUESTIONS, k=rng.randint(1, 3)))
-        if messages:
-            answer = rng.choice(tiny.ANSWERS)
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        messages += user_message(words, pictures)
-    return messages
-
-
-def test_a_batch_answers_as_each_alone(engine):
-    """Thirty random mixed batches: sizes, numbers of pictures, turns, lengths."""
-    rng = random.Random(0)
-    seen = set()
-    for _ in range(30):
-        batch = [random_question(rng) for _ in range(rng.randint(2, 6))]
-        answers = engine.generate(batch, max_new_tokens=4)
-        assert answers == [engine.generate([one], max_new_tokens=4)[0] for one in batch]
-        seen |= set(answers)
-    assert len(seen) > 60  # the model is not one that says the same to everything
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -72,19 +46,11 @@ def test_questions_are_left_as_they_were_given(engine):
 # --- one question ---------------------------------------------------------------------------------
 
 
-def prompt_of(engine, monkeypatch, question, pictures):
-    """What the model was given: ids with a run of placeholders as the sizes of pictures."""
-    seen = {}
-
-    def generate(**inputs):
-        seen.update(inputs)
-        return torch.cat([inputs["input_ids"], torch.tensor([[2]])], 1)
-
-    monkeypatch.setattr(engine.model, "generate", generate)
-    engine.ask(question, pictures)
+def prompt_of(engine, question, pictures):
+    """What the model is given: words, with a run of placeholders as the sizes of pictures."""
     words = engine.processor.tokenizer
     text, run = "", 0
-    for id in [*seen["input_ids"][0].tolist(), None]:
+    for id in [*engine.encode(user_message(question, pictures)).input_ids.tolist(), None]:
         if id == engine.processor.image_token_id:
             run += 1
             continue
@@ -110,10 +76,10 @@ W, T = num_image_tokens(3, 4), num_image_tokens(4, 2)
         ("<image><image> Same?", [WIDE, TALL], f"[{W}]\n[{T}]\n Same?"),
     ],
 )
-def test_marks_say_where_pictures_go(monkeypatch, question, sizes, expected):
+def test_marks_say_where_pictures_go(question, sizes, expected):
     engine = EveEngine(tiny.model(), tiny.processor(chat_template=VICUNA_CHAT_TEMPLATE))
     pictures = [tiny.picture(*size) for size in sizes]
-    prompt = prompt_of(engine, monkeypatch, question, pictures)
+    prompt = prompt_of(engine, question, pictures)
     turn = squeezed(prompt).removeprefix(squeezed(f"<s> {VICUNA_SYSTEM}"))
     assert turn == squeezed(f"USER: {expected} ASSISTANT:")
 
@@ -123,10 +89,10 @@ def squeezed(text):
     return text.replace(" ", "")
 
 
-def test_the_prompt_is_the_training_prompt(monkeypatch):
+def test_the_prompt_is_the_training_prompt():
     """Word for word what labels were learnt behind, start token once."""
     engine = EveEngine(tiny.model(), tiny.processor(chat_template=VICUNA_CHAT_TEMPLATE))
-    prompt = prompt_of(engine, monkeypatch, "Why?", [tiny.picture(*WIDE)])
+    prompt = prompt_of(engine, "Why?", [tiny.picture(*WIDE)])
     assert prompt.startswith("<s>") and prompt.count("<s>") == 1
     assert squeezed(prompt).endswith(f"questions.USER:[{W}]\nWhy?ASSISTANT:")
 
@@ -143,41 +109,18 @@ def test_marks_and_pictures_must_agree(engine, marks, pictures):
     assert f"{marks} <image> marks but {pictures} pictures" in text
 
 
-def test_answers_have_no_special_tokens_or_outer_blanks(monkeypatch):
-    engine = EveEngine(tiny.model(), tiny.processor())
-    words = engine.processor.tokenizer
-    said = words(" a red square ")["input_ids"] + [2, 0, 0]
-
-    def generate(**inputs):
-        return torch.cat([inputs["input_ids"], torch.tensor([said])], 1)
-
-    monkeypatch.setattr(engine.model, "generate", generate)
-    assert engine.ask("What?") == "a red square"
+@pytest.mark.parametrize("number", [1, 3, 10])
+def test_the_answer_is_no_longer_than_asked_for(engine, number):
+    for answer in engine.answer([user_message("What?", [])] * 3, max_new_tokens=number):
+        assert 0 < len(answer.token_ids) <= number
+        assert answer.finish_reason == "length" or len(answer.token_ids) <= number
 
 
-def test_the_answer_is_no_longer_than_asked_for(monkeypatch):
-    engine = EveEngine(tiny.model(), tiny.processor())
-    plain, seen = engine.model.generate, []
-
-    def generate(**inputs):
-        output = plain(**inputs)
-        seen.append(output.shape[1] - inputs["input_ids"].shape[1])
-        return output
-
-    monkeypatch.setattr(engine.model, "generate", generate)
-    for number in (1, 3, 10):
-        engine.ask("What?", max_new_tokens=number)
-    assert all(0 < made <= asked for made, asked in zip(seen, (1, 3, 10), strict=True))
-
-
-def test_a_model_that_says_picture_placeholders(monkeypatch):
+def test_a_model_that_says_picture_placeholders():
     """An untrained model may want to say `<image>`, which is no word of an answer."""
     model = tiny.model()
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    ids = []
-    plain = model.generate
-    monkeypatch.setattr(model, "generate", lambda **inputs: ids.append(plain(**inputs)) or ids[-1])
 
     class Head(torch.nn.Linear):
         def forward(self, x):
@@ -186,8 +129,11 @@ def test_a_model_that_says_picture_placeholders(monkeypatch):
             return logits
 
     model.lm_head.__class__ = Head
-    EveEngine(model, tiny.processor()).ask("What?", [tiny.picture(8, 8)], max_new_tokens=3)
-    assert 3 not in ids[0][0, -3:].tolist()
+    engine = EveEngine(model, tiny.processor())
+    asked = user_message("What?", [tiny.picture(8, 8)])
+    for settings in ({}, {"temperature": 1.0, "n": 3}, {"num_beams": 3, "n": 3}):
+        for answer in engine.answer([asked], max_new_tokens=3, **settings):
+            assert answer.token_ids and 3 not in answer.token_ids
 
 
 # --- files and folders ----------------------------------------------------------------------------

@@ -1,20 +1,35 @@
-"""The engine: conversations with pictures in, answers out.  The only caller of `model.generate`.
+"""The engine: conversations with pictures in, answers out.  Every way of asking goes through it.
 
-Easy to get wrong: a batch of prompts is padded on the left; with padding on the right shorter
-prompts get wrong or empty answers (LLaVA#754), which is why no caller pads by itself.
+One answer, many, streamed ones and those of a server are all rows of a `RunningBatch`, so they are
+the same answers.  Easy to get wrong: `model.generate` is called by `running_batch.py` and, for
+beams, by `beams.py`, and by nobody else.
 """
 
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
-from eve_vlm.image_processing_eve import num_image_tokens, to_rgb
+from eve_vlm.image_processing_eve import num_image_tokens
 from eve_vlm.loading import load
 from eve_vlm.modeling_eve import EveForConditionalGeneration
-from eve_vlm.pictures import open_picture
 from eve_vlm.processing_eve import EveProcessor
+
+from .beams import answer_with_beams
+from .cache_rows import PrefixStore
+from .messages import Messages, Prompt, encode, picture_parts, pictures_of, user_message
+from .reply import Answer, Piece, Reply
+from .running_batch import RunningBatch
+from .sampling import Sampling, TokenLogprob
+
+WORTH_A_BAR = 2  # rounds of a whole batch; below, nobody waits long enough for a progress bar
 
 
 class EveEngine:
@@ -23,139 +38,260 @@ class EveEngine:
     Args:
         model: any `EveForConditionalGeneration`; it is put into eval mode.
         processor: its processor, with a chat template.
+        batch_size: answers that are made together at most.
+        keep_tokens: positions of earlier prompts and answers whose caches are kept, so that the
+            next turn of a conversation reads only what is new; 0 keeps none.
     """
 
-    def __init__(self, model: EveForConditionalGeneration, processor: EveProcessor):
-        self.model, self.processor = model.eval(), processor
+    def __init__(
+        self,
+        model: EveForConditionalGeneration,
+        processor: EveProcessor,
+        *,
+        batch_size: int = 32,
+        keep_tokens: int = 0,
+    ):
+        self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
+        self.kept = PrefixStore(keep_tokens) if keep_tokens else None
+        # One thread at a time uses the model and the kept caches.
+        self.lock = threading.RLock()
 
     @classmethod
     def from_pretrained(
-        cls, name_or_folder: str | Path, *, device: str | None = None
+        cls,
+        name_or_folder: str | Path,
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str = "sdpa",
+        **settings: Any,
     ) -> "EveEngine":
         """Loads a folder or Hub id onto `device` (a GPU where there is one, else the CPU)."""
-        return cls(*load(name_or_folder, device=device))
+        loaded = load(
+            name_or_folder, device=device, dtype=dtype, attn_implementation=attn_implementation
+        )
+        return cls(*loaded, **settings)
+
+    # --- asking ---
 
     def ask(
         self,
         question: str,
         images: Sequence[Image.Image | str | Path] = (),
-        *,
-        max_new_tokens: int = 128,
+        **settings: Any,
     ) -> str:
         """Answers one question about some pictures, or about none.
 
         `<image>` marks in the question say where the pictures go; without marks they go in front.
 
+        Args:
+            settings: fields of `Sampling`.
+
         Raises:
             ValueError: if the question is empty, or marks and pictures differ in number.
         """
-        return self.generate([user_message(question, images)], max_new_tokens=max_new_tokens)[0]
+        return self.generate([user_message(question, images)], **settings)[0]
 
     def generate(
         self,
-        conversations: Sequence[list[dict]],
+        conversations: Sequence[Messages],
         *,
-        max_new_tokens: int = 128,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        **settings: Any,
     ) -> list[str]:
-        """Answers conversations greedily, in batches.
+        """The texts of `answer`, one for each conversation."""
+        answers = self.answer(conversations, batch_size=batch_size, **settings)
+        return [answer.text for answer in answers]
+
+    def answer(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        n: int = 1,
+        num_beams: int = 1,
+        batch_size: int | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> list[Answer]:
+        """Answers conversations together, each as it would be answered alone.
 
         Args:
             conversations: Hugging Face messages; picture parts are `{"type": "image", "image":
                 picture}` with an open picture or a file name.
-
-        Returns:
-            One answer per conversation, without special tokens or outer blanks.
+            n: answers to each conversation, behind each other; drawn ones take seeds seed, seed +
+                1, ...
+            num_beams: width of a beam search; with n, the n best of them.
+            progress: shows a bar when it takes longer than a few batches.
+            settings: fields of `Sampling`.
 
         Raises:
-            ValueError: if a picture cannot be read, or a prompt is longer than the model takes.
+            ValueError: if a picture cannot be read, a prompt is longer than the model takes, or a
+                setting is out of range.
         """
-        answers: list[str] = []
-        for first in range(0, len(conversations), batch_size):
-            answers += self._generate_batch(
-                conversations[first : first + batch_size], max_new_tokens
-            )
-        return answers
-
-    @torch.inference_mode()
-    def _generate_batch(
-        self, conversations: Sequence[list[dict]], max_new_tokens: int
-    ) -> list[str]:
-        images = [
-            _open(part["image"]) for messages in conversations for part in _picture_parts(messages)
-        ]
-        texts = [
-            self.processor.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.processor.chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            for messages in conversations
-        ]
-        inputs = self.processor(
-            text=texts,
-            images=images or None,
-            add_special_tokens=False,  # the chat template writes them
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
+        sampling, size = Sampling(**settings), batch_size or self.batch_size
+        if n < 1:
+            raise ValueError(f"n is {n}; ask for at least one answer.")
+        if num_beams > 1:
+            prompts = [self.encode(one, sampling) for one in conversations]
+            with self.lock:
+                return answer_with_beams(self, prompts, sampling, n=n, num_beams=num_beams)
+        replies: list[Reply] = []
+        bar = tqdm(
+            total=n * len(conversations),
+            desc="answers",
+            unit="answer",
+            disable=not progress or len(conversations) < WORTH_A_BAR * size,
         )
-        self._check_length(conversations, inputs, max_new_tokens)
-        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-        given = {name: inputs[name].to(self.model.device) for name in names if name in inputs}
-        output = self.model.generate(
-            **given,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.processor.tokenizer.pad_token_id,
-            eos_token_id=self._ends(),
-            suppress_tokens=self._never(),
-        )
-        new = output[:, given["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        with bar, self.lock:
+            batch = self._batch(size)
+            # Prompts are made a few batches at a time: pictures of all of them need not fit.
+            for first in range(0, len(conversations), 4 * size):
+                chunk = [
+                    self.replies(messages, sampling, n, on_piece=[partial(_tick, bar)] * n)
+                    for messages in conversations[first : first + 4 * size]
+                ]
+                # Alike lengths together waste the least padding.
+                for group in sorted(chunk, key=lambda group: -len(group[0].prompt)):
+                    batch.add(group)
+                batch.run()
+                replies += [reply for group in chunk for reply in group]
+        return [reply.answer for reply in replies if reply.answer is not None]
 
-    def _ends(self) -> list[int] | None:
+    def stream(self, messages: Messages, **settings: Any) -> Iterator[Piece]:
+        """Answers one conversation, piece by piece; the last piece holds the whole answer.
+
+        The texts of all pieces together are the answer's text.  Leaving the iterator ends the
+        answer.
+        """
+        pieces: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()
+        [reply] = self.replies(
+            messages, Sampling(**settings), on_piece=[pieces.put], on_error=pieces.put
+        )
+        thread = threading.Thread(target=self._answer_alone, args=(reply,), daemon=True)
+        thread.start()
+        try:
+            while True:
+                piece = pieces.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+                if piece.answer is not None:
+                    return
+        finally:
+            reply.cancel()
+            thread.join()
+
+    def _answer_alone(self, reply: Reply) -> None:
+        """In a thread of its own; what goes wrong reaches the listener of the reply."""
+        with self.lock:
+            batch = self._batch(1)
+            batch.add([reply])
+            try:
+                batch.run()
+            except RuntimeError:
+                assert reply.error is not None
+
+    # --- parts that a server is built of ---
+
+    def replies(
+        self,
+        messages: Messages,
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        on_piece: Sequence[Callable[[Piece], None] | None] | None = None,
+        on_error: Callable[[BaseException], None] | None = None,
+    ) -> list[Reply]:
+        """Answers to one conversation that wait to be made and share what is read.
+
+        Args:
+            on_piece: a listener for each of them.
+
+        Raises:
+            ValueError: see `answer`.
+        """
+        prompt = self.encode(messages, sampling)
+        listeners = [None] * n if on_piece is None else on_piece
+        return [
+            Reply(
+                prompt,
+                _nth(sampling, index),
+                self.tokenizer,
+                device=self.model.device,
+                ends=self.ends(),
+                on_piece=listener,
+                on_error=on_error,
+            )
+            for index, listener in zip(range(n), listeners, strict=True)
+        ]
+
+    def _batch(self, size: int) -> RunningBatch:
+        return RunningBatch(self.model, size=size, never=self.never(), kept=self.kept)
+
+    def encode(self, messages: Messages, sampling: Sampling | None = None) -> Prompt:
+        """A conversation as the model takes it, checked to leave room for the answer.
+
+        Raises:
+            ValueError: if a picture cannot be read, or prompt and answer are longer than the model
+                takes.
+        """
+        sampling = sampling or Sampling(max_new_tokens=1)
+        pictures = pictures_of(messages)
+        prompt = encode(
+            messages,
+            self.processor,
+            max_image_tokens=sampling.max_image_tokens,
+            pictures=pictures,
+        )
+        self._check_length(prompt, pictures, sampling.max_new_tokens)
+        return prompt
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's."""
+        return self.processor.tokenizer
+
+    def ends(self) -> list[int]:
         """Every id that ends an answer: the decoder's (often several) and the tokenizer's."""
         ends = self.model.generation_config.eos_token_id
         given = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        own = self.processor.tokenizer.eos_token_id
-        return list(dict.fromkeys([*given, *([] if own is None else [own])])) or None
+        own = self.tokenizer.eos_token_id
+        return list(dict.fromkeys([*given, *([] if own is None else [own])]))
 
-    def _never(self) -> list[int]:
+    def never(self) -> list[int]:
         """Ids that no answer holds: the image placeholder, and what the decoder leaves out."""
         ids = self.model.generation_config.suppress_tokens or []
         return list(dict.fromkeys([*ids, self.processor.image_token_id]))
 
+    @property
+    def max_length(self) -> int:
+        """Positions that the model takes, prompt and answer together."""
+        return self.model.config.text_config.max_position_embeddings
+
     def _check_length(
-        self, conversations: Sequence[list[dict]], inputs: dict, max_new_tokens: int
+        self, prompt: Prompt, pictures: Sequence[Image.Image], max_new_tokens: int
     ) -> None:
-        limit = self.model.config.text_config.max_position_embeddings
-        mask = inputs["attention_mask"].sum(1)
-        longest = int(mask.max())
-        if longest + max_new_tokens <= limit:
+        limit, length = self.max_length, len(prompt)
+        if length + max_new_tokens <= limit:
             return
-        row = int(mask.argmax())
-        in_pictures = int((inputs["input_ids"][row] == self.processor.image_token_id).sum())
-        room = limit - max_new_tokens - (longest - in_pictures)
-        images = [_open(part["image"]) for part in _picture_parts(conversations[row])]
+        room = limit - max_new_tokens - (length - prompt.image_tokens)
         raise ValueError(
-            f"The prompt takes {longest} tokens, {in_pictures} of them for pictures, and the "
-            "answer up to "
-            f"{max_new_tokens}, but the model takes {limit} in all; "
-            f"{self._fitting_size(images, room)}."
+            f"The prompt takes {length} tokens, {prompt.image_tokens} of them for pictures, and "
+            f"the answer up to {max_new_tokens}, but the model takes {limit} in all; "
+            f"{self._fitting_size(pictures, room)}."
         )
 
-    def _fitting_size(self, images: list[Image.Image], room: int) -> str:
+    def _fitting_size(self, pictures: Sequence[Image.Image], room: int) -> str:
         """Advice: the largest longest_edge at which all pictures fit into `room` tokens."""
         processor = self.processor.image_processor
         unit = processor.size_multiple
         for edge in range(processor.size["longest_edge"] - unit, 0, -unit):
             grids = [
-                processor.grid_of(image.height, image.width, longest_edge=edge) for image in images
+                processor.grid_of(image.height, image.width, longest_edge=edge)
+                for image in pictures
             ]
-            tokens = sum(num_image_tokens(grid.rows, grid.cols) for grid in grids)
-            if tokens <= room:
+            tokens = [num_image_tokens(grid.rows, grid.cols) for grid in grids]
+            if sum(tokens) <= room:
                 return (
                     f"with pictures of longest_edge {edge} (set processor.image_processor.size) "
                     "it would fit"
@@ -163,45 +299,24 @@ class EveEngine:
         return "shorten the question or give fewer pictures"
 
 
-def user_message(question: str, images: Sequence[Image.Image | str | Path]) -> list[dict]:
-    """One user turn: pictures at the question's `<image>` marks, or in front of it.
-
-    Raises:
-        ValueError: if the question is empty, or marks and pictures differ in number.
-    """
-    pieces = question.split("<image>")
-    if not "".join(pieces).strip():
-        raise ValueError('The question is empty; ask something, such as "What is in the picture?".')
-    if len(pieces) == 1:
-        parts = [{"type": "image", "image": image} for image in images]
-        return [{"role": "user", "content": [*parts, {"type": "text", "text": question.strip()}]}]
-    if len(pieces) - 1 != len(images):
-        raise ValueError(
-            f"The question has {len(pieces) - 1} <image> marks but {len(images)} pictures were "
-            "given; give one mark "
-            "for each picture, or no marks at all."
-        )
-    content: list[dict] = []
-    for piece, image in zip(pieces, [*images, None], strict=True):
-        if piece.strip():
-            content.append({"type": "text", "text": piece.strip() if not content else piece})
-        if image is not None:
-            content.append({"type": "image", "image": image})
-    return [{"role": "user", "content": content}]
+def _nth(sampling: Sampling, index: int) -> Sampling:
+    """The settings of one of several answers: another seed each."""
+    if sampling.seed is None or index == 0:
+        return sampling
+    return replace(sampling, seed=sampling.seed + index)
 
 
-def _picture_parts(messages: list[dict]) -> list[dict]:
-    return [
-        part
-        for message in messages
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-        if part["type"] == "image"
-    ]
+def _tick(bar: tqdm, piece: Piece) -> None:
+    if piece.answer is not None:
+        bar.update()
 
 
-def _open(image: Image.Image | str | Path) -> Image.Image:
-    return to_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
-
-
-__all__ = ["EveEngine", "user_message"]
+__all__ = [
+    "Answer",
+    "EveEngine",
+    "Piece",
+    "Sampling",
+    "TokenLogprob",
+    "picture_parts",
+    "user_message",
+]
