@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .asking import ask
+from .comparing import parity
 from .exporting import export
 from .fetching import assets_app
 from .health import doctor
@@ -46,7 +47,7 @@ def _root(
 
 
 # In the order of `eve --help`.
-COMMANDS = (init, train, quickstart, ask, inspect, fits, convert, export, doctor)
+COMMANDS = (init, train, quickstart, ask, parity, inspect, fits, convert, export, doctor)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(assets_app, name="assets")
