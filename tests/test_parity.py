@@ -13,7 +13,7 @@ import tiny
 from eve_vlm import cli
 from eve_vlm.serve import parity
 from eve_vlm.serve.engine import EveEngine, user_message
-from eve_vlm.serve.parity import Told, Yardstick, compare, our_paths, usual_questions, yardsticks
+from eve_vlm.serve.parity import Told, Yardstick, compare, every_path, usual_questions, yardsticks
 
 NUMBER = 6
 
@@ -34,11 +34,11 @@ def sticks(engine, questions):
 
 
 def paths(engine, questions, sticks):
-    found = our_paths(engine, questions, sticks, max_new_tokens=NUMBER)
+    found = every_path(engine, questions, sticks, max_new_tokens=NUMBER)
     return {row.path: row for row in found}
 
 
-def test_all_our_paths_agree(engine, questions, sticks):
+def test_all_every_path_agree(engine, questions, sticks):
     """Text alone, one picture, two, and a second turn; 1e-4 is float32 rounding."""
     assert {len(parity.pictures_of(one)) for one in questions} == {0, 1, 2}
     found = paths(engine, questions, sticks)

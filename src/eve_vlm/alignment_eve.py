@@ -150,7 +150,7 @@ class EveForPreTraining(EveForConditionalGeneration):
         self.alignment_weight = 1.0
         self.post_init()
 
-    def forward(  # type: ignore[override]  # the parent's other arguments pass through kwargs
+    def forward(  # the parent's other arguments pass through kwargs
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,

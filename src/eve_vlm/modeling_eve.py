@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_eve import EveConfig
 from .layer_taps_eve import LayerTaps
@@ -39,8 +40,7 @@ class EveModelOutput(ModelOutput):
     """What `EveModel` returns.
 
     last_hidden_state: (B, T, D), after the final norm.
-    image_taps: the tapped layers' states at picture positions only, each (N, D); None unless asked
-        for.
+    image_taps: the tapped layers' states at picture positions, each (N, D); None unless asked for.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -57,8 +57,7 @@ class EveCausalLMOutput(ModelOutput):
 
     loss: scalar, when labels were given.
     loss_terms: the loss by name, unweighted (`lm`, and `alignment` in pre-training).
-    logits: (B, kept positions, vocabulary); None in training, where the head runs only where labels
-        are.
+    logits: (B, kept positions, vocabulary); None in training (the head runs where labels are).
     image_taps: see `EveModelOutput`.
     """
 
@@ -119,8 +118,7 @@ class EveModel(EvePreTrainedModel):
             if self.config.image_token_id >= self.config.text_config.vocab_size:
                 raise ValueError(
                     f"The image placeholder {self.config.image_token_id} has no embedding to be "
-                    "found by; give "
-                    "input_ids, or inputs_embeds with the pictures already in them."
+                    "found by; give input_ids, or inputs_embeds with the pictures already in them."
                 )
             placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
@@ -180,6 +178,7 @@ class EveModel(EvePreTrainedModel):
         features = self.multi_modal_projector(self.vision_tower(pixels, grid))
         return (0.0 * features.sum()).to(self.language_model.dtype)
 
+    @can_return_tuple  # vLLM asks for tuples
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -269,6 +268,7 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
         """See `EveModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw)
 
+    @can_return_tuple  # vLLM asks for tuples
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -16,6 +16,7 @@ from .exporting import export
 from .fetching import assets_app
 from .health import doctor
 from .looking import inspect
+from .looking_where import look
 from .machine import fits
 from .models import convert
 from .starting import init
@@ -47,7 +48,7 @@ def _root(
 
 
 # In the order of `eve --help`.
-COMMANDS = (init, train, quickstart, ask, parity, inspect, fits, convert, export, doctor)
+COMMANDS = (init, train, quickstart, ask, look, parity, inspect, fits, convert, export, doctor)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(assets_app, name="assets")

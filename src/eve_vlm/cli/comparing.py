@@ -8,7 +8,7 @@ import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -69,11 +69,10 @@ def parity(
     Exit code 0 when all answers are the same, 1 when some differ.
     """
     import torch
-    from tqdm.auto import tqdm
 
     from eve_vlm.loading import find_model
     from eve_vlm.serve.engine import EveEngine
-    from eve_vlm.serve.parity import OUR_PATHS, TOLERANCE, our_paths, server_path, yardsticks
+    from eve_vlm.serve.parity import TOLERANCE
 
     named = dict(_named(one) for one in url or ())
     folder = find_model(model)
@@ -82,29 +81,9 @@ def parity(
     )
     if tolerance is None:
         tolerance = TOLERANCE[engine.model.dtype]
-    places = _places(engine, folder, server=server, vllm=vllm, named=named)
+    servers = _servers(engine, folder, server=server, vllm=vllm, named=named)
     questions = _questions(engine, picture or [], question or [])
-    found: list[Comparison] = []
-    # The notebook, our paths in this process, and every server twice.
-    with tqdm(total=1 + len(OUR_PATHS) + 2 * len(places), unit="path", desc="notebook") as bar:
-        sticks = yardsticks(engine, questions, max_new_tokens=max_new_tokens)
-        asked: dict[str, Any] = {"sticks": sticks, "max_new_tokens": max_new_tokens}
-        bar.update()
-        for row in our_paths(engine, questions, **asked):
-            found.append(row)
-            bar.set_description(row.path)
-            bar.update()
-        for name, place in places.items():
-            bar.set_description(name)
-            with place as address:
-                for together in (False, True):
-                    title = f"{name}, all at once" if together else name
-                    found.append(
-                        server_path(
-                            title, address, questions, key=api_key, together=together, **asked
-                        )
-                    )
-                    bar.update()
+    found, sticks = _compare(engine, questions, max_new_tokens, servers, api_key)
     agrees = all(row.agrees(tolerance) for row in found)
     if as_json:
         result = {"model": model, "tolerance": tolerance, "agrees": agrees}
@@ -112,6 +91,33 @@ def parity(
     else:
         typer.echo(_table(found, sticks, tolerance))
     raise typer.Exit(0 if agrees else 1)
+
+
+def _compare(
+    engine: "EveEngine",
+    questions: "list[Messages]",
+    max_new_tokens: int,
+    servers: dict[str, AbstractContextManager[str]],
+    key: str,
+) -> "tuple[list[Comparison], list[Yardstick]]":
+    """All paths, with a progress bar, and what they were compared with."""
+    from tqdm.auto import tqdm
+
+    from eve_vlm.serve.parity import OUR_PATHS, every_path, yardsticks
+
+    found = []
+    # The notebook, our paths in this process, and every server twice.
+    total = 1 + len(OUR_PATHS) + 2 * len(servers)
+    with tqdm(total=total, unit="path", desc="notebook") as bar:
+        sticks = yardsticks(engine, questions, max_new_tokens=max_new_tokens)
+        bar.update()
+        for row in every_path(
+            engine, questions, sticks, max_new_tokens=max_new_tokens, servers=servers, key=key
+        ):
+            found.append(row)
+            bar.set_description(row.path)
+            bar.update()
+    return found, sticks
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -135,7 +141,7 @@ def _questions(engine: "EveEngine", pictures: list[Path], questions: list[str]) 
     return [user_message(one, [picture]) for picture in pictures for one in asked]
 
 
-def _places(
+def _servers(
     engine: "EveEngine",
     folder: Path,
     *,

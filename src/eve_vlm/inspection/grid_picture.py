@@ -9,6 +9,8 @@ Legend: `s` enlargement, a whole number; all other lengths are pixels of the dra
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +66,7 @@ def draw_grid(picture: Image.Image, *, pictures: EveImageProcessor, title: str =
     scale = max(1, min(LONGEST // max(grid.height, grid.width), CELL // cell_px))
     cell, width, height = cell_px * scale, grid.width * scale, grid.height * scale
     legend = _legend(picture, grid, pictures, title)
-    small, large = _font(INDEX_SIZE), _font(LEGEND_SIZE)
+    small, large = load_font(INDEX_SIZE), load_font(LEGEND_SIZE)
     last = str(num_image_tokens(grid.rows, grid.cols) - 1)
     mark_width = max(int(small.getbbox(last)[2]) + 8, 24)
     line_height = LEGEND_SIZE + 8
@@ -95,20 +97,38 @@ def save_grid(drawn: GridPicture, file: str | Path) -> Path:
     Raises:
         ValueError: if the name does not end in `.png`.
     """
+    return save_png(drawn.image, file)
+
+
+def save_png(image: Image.Image, file: str | Path) -> Path:
+    """Writes any drawing as PNG, whole or not at all; folders above it are made.
+
+    Raises:
+        ValueError: if the name does not end in `.png`.
+    """
     file = Path(file)
     if file.suffix.lower() != ".png":
-        raise ValueError(f"{file} does not end in .png, and the grid is written as PNG; rename it.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        drawn.image.save(part, format="PNG")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+        raise ValueError(
+            f"{file} does not end in .png, and drawings are written as PNG; rename it."
+        )
+    with written_whole(file) as part:
+        image.save(part, format="PNG")
     return file
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `file` at the end and vanishes on any error."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font: in any size with FreeType and Pillow 10.1, else its one bitmap size."""
     sizes = "size" in inspect.signature(ImageFont.load_default).parameters
     if sizes and features.check("freetype2"):
@@ -204,4 +224,12 @@ def _legend(
     return lines
 
 
-__all__ = ["GridPicture", "draw_grid", "save_grid", "token_index"]
+__all__ = [
+    "GridPicture",
+    "draw_grid",
+    "load_font",
+    "save_grid",
+    "save_png",
+    "token_index",
+    "written_whole",
+]

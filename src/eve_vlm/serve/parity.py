@@ -8,9 +8,11 @@ tokens up to there are compared.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -329,36 +331,43 @@ def _gap(stick: Yardstick, answer: Told, position: int) -> float:
     return float(row[stick.token_ids[position]] - row[answer.token_ids[position]])
 
 
-def our_paths(
+def every_path(
     engine: EveEngine,
     questions: Sequence[Messages],
     sticks: Sequence[Yardstick],
     *,
     max_new_tokens: int,
+    servers: Mapping[str, AbstractContextManager[str]] | None = None,
+    key: str = "",
 ) -> Iterator[Comparison]:
-    """Compares every path inside this process, one by one."""
+    """Compares our paths in this process, then every server twice, one by one.
+
+    Args:
+        servers: by name, contexts that give an address up to and with `/v1`.
+        key: what the servers ask for.
+
+    Raises:
+        ValueError: see `asked_of_server`.
+    """
     settings = {"max_new_tokens": max_new_tokens, "logprobs": 0}
     for name, path in OUR_PATHS.items():
-        start = time.perf_counter()
-        answers = path(engine, questions, settings)
-        yield compare(name, sticks, answers, time.perf_counter() - start)
+        yield _compared(name, sticks, partial(path, engine, questions, settings))
+    for name, server in (servers or {}).items():
+        with server as url:
+            for title, together in ((name, False), (f"{name}, all at once", True)):
+                ask = partial(
+                    asked_of_server,
+                    *(url, questions),
+                    key=key,
+                    together=together,
+                    max_new_tokens=max_new_tokens,
+                )
+                yield _compared(title, sticks, ask)
 
 
-def server_path(
-    name: str,
-    url: str,
-    questions: Sequence[Messages],
-    *,
-    sticks: Sequence[Yardstick],
-    max_new_tokens: int,
-    key: str,
-    together: bool,
-) -> Comparison:
-    """Compares one server; see `asked_of_server`."""
+def _compared(name: str, sticks: Sequence[Yardstick], ask: Callable[[], list[Told]]) -> Comparison:
     start = time.perf_counter()
-    answers = asked_of_server(
-        url, questions, key=key, together=together, max_new_tokens=max_new_tokens
-    )
+    answers = ask()
     return compare(name, sticks, answers, time.perf_counter() - start)
 
 
@@ -371,8 +380,7 @@ __all__ = [
     "Yardstick",
     "asked_of_server",
     "compare",
-    "our_paths",
-    "server_path",
+    "every_path",
     "told",
     "usual_questions",
     "yardsticks",
