@@ -259,8 +259,8 @@ def truncated(path):
         (lambda path: path.write_bytes(b""), "not a picture"),
         (lambda path: path.write_bytes(png_claiming(0, 5)), "bad.png"),
         (lambda path: path.write_bytes(png_claiming(60_000, 60_000)), "60000 x 60000 pixels"),
-        (lambda path: None, "is not a file"),
-        (lambda path: path.mkdir(), "is not a file"),
+        (lambda path: None, "is neither a file nor a folder"),
+        (lambda path: path.mkdir(), "has no pictures"),
     ],
     ids=["truncated", "text", "empty", "no pixels", "huge", "missing", "folder"],
 )
@@ -282,7 +282,7 @@ def test_bad_pictures(refused, saved_model, tmp_path, spoil, part):
         (("cat.png", "Is <image> like <image>?"), "2 <image> marks but 1 pictures"),
         (("cat.png", "cat.png", "What is <image>?"), "1 <image> marks but 2 pictures"),
         (("What is <image>?",), "1 <image> marks but 0 pictures"),
-        (("cat.png", "What", "is", "this?"), "What is not a file"),
+        (("cat.png", "What", "is", "this?"), "What is neither a file nor a folder"),
         (("cat.png", "word " * 600), "shorten the question"),
     ],
 )

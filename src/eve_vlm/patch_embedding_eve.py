@@ -179,7 +179,7 @@ class EvePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     # What a published checkpoint holds beyond the model, and training beyond answering: the list of
     # what may be left over.
-    _keys_to_ignore_on_load_unexpected = [*DROPPED, r"^aligner\.", r"^lm_head\.weight$"]
+    _keys_to_ignore_on_load_unexpected = [*DROPPED, r"^aligner\."]
     _from_published = False
 
     @classmethod
@@ -207,7 +207,11 @@ class EvePreTrainedModel(PreTrainedModel):
         model._from_published = published
         if published:
             if not asked:
-                check_loaded(str(name), report["missing_keys"], report["unexpected_keys"])
+                # The model without a head may leave one behind.
+                allowed = () if model.can_generate() else (r"^lm_head\.weight$",)
+                check_loaded(
+                    str(name), report["missing_keys"], report["unexpected_keys"], allowed=allowed
+                )
             _greedy(model)
         return (model, report) if asked else model
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .asking import ask
+from .chatting import chat
 from .comparing import parity
 from .exporting import export
 from .fetching import assets_app
@@ -48,7 +49,7 @@ def _root(
 
 
 # In the order of `eve --help`.
-COMMANDS = (init, train, quickstart, ask, look, parity, inspect, fits, convert, export, doctor)
+COMMANDS = (init, train, quickstart, ask, chat, look, parity, inspect, fits, convert, export, doctor)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(assets_app, name="assets")

@@ -7,7 +7,7 @@ beams, by `beams.py`, and by nobody else.
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -157,7 +157,7 @@ class EveEngine:
                 replies += [reply for group in chunk for reply in group]
         return [reply.answer for reply in replies if reply.answer is not None]
 
-    def stream(self, messages: Messages, **settings: Any) -> Iterator[Piece]:
+    def stream(self, messages: Messages, **settings: Any) -> Generator[Piece, None, None]:
         """Answers one conversation, piece by piece; the last piece holds the whole answer.
 
         The texts of all pieces together are the answer's text.  Leaving the iterator ends the
@@ -259,9 +259,16 @@ class EveEngine:
         return list(dict.fromkeys([*given, *([] if own is None else [own])]))
 
     def never(self) -> list[int]:
-        """Ids that no answer holds: the image placeholder, and what the decoder leaves out."""
-        ids = self.model.generation_config.suppress_tokens or []
-        return list(dict.fromkeys([*ids, self.processor.image_token_id]))
+        """Ids that no answer holds: the image placeholder, and what the decoder leaves out.
+
+        The placeholder of a published checkpoint lies behind the vocabulary and needs no ban.
+        """
+        ids = [
+            *(self.model.generation_config.suppress_tokens or []),
+            self.processor.image_token_id,
+        ]
+        vocabulary = self.model.config.text_config.vocab_size
+        return list(dict.fromkeys(one for one in ids if one < vocabulary))
 
     @property
     def max_length(self) -> int:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 
+from eve_vlm.errors import first_line
 from eve_vlm.image_processing_eve import EveImageProcessor, num_image_tokens, to_rgb
 from eve_vlm.pictures import open_picture
 from eve_vlm.processing_eve import EveProcessor
@@ -133,15 +135,27 @@ def encode(
         pictures: the conversation's pictures if they are open already.
 
     Raises:
-        ValueError: if a picture cannot be read, or the budget is below the smallest picture.
+        ValueError: if a picture cannot be read, the budget is below the smallest picture, or the
+            model's chat template refuses the messages.
     """
     images = pictures_of(messages) if pictures is None else list(pictures)
-    text = processor.tokenizer.apply_chat_template(
-        messages,
-        chat_template=processor.chat_template,
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+    try:
+        text = processor.tokenizer.apply_chat_template(
+            messages,
+            chat_template=processor.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except TemplateError as error:  # of some, that system words are not supported
+        raise ValueError(
+            f"The model's chat template does not take this conversation ({first_line(error)}); "
+            "leave out system words, or change the order of its messages."
+        ) from None
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(
+            "The conversation has letters that are none in Unicode (lone surrogates, as bytes that "
+            "are not UTF-8 become); mend its text."
+        )
     inputs = processor(
         text=[text],
         images=images or None,

@@ -220,12 +220,19 @@ OUR_PATHS: dict[str, Path] = {
 
 
 def asked_of_server(
-    url: str, questions: Sequence[Messages], *, key: str = "", together: bool, max_new_tokens: int
+    url: str,
+    questions: Sequence[Messages],
+    *,
+    never: Sequence[int],
+    key: str = "",
+    together: bool,
+    max_new_tokens: int,
 ) -> list[Told]:
     """Answers of any server that speaks the OpenAI protocol and can name token ids, as vLLM does.
 
     Args:
         url: up to and with `/v1`.
+        never: ids that no answer holds, which vLLM has to be told.
         together: asks all at once, instead of one behind the other.
 
     Raises:
@@ -243,6 +250,7 @@ def asked_of_server(
             temperature=0,
             logprobs=True,
             extra_body={"return_tokens_as_token_ids": True},
+            logit_bias=bias,  # type: ignore[arg-type]
         )
         logprobs = completion.choices[0].logprobs
         content = (logprobs.content if logprobs else None) or []
@@ -256,7 +264,9 @@ def asked_of_server(
         return Told([int(one) for one in ids], values, completion.usage.prompt_tokens)
 
     try:
-        model = client.models.list().data[0].id
+        served = client.models.list().data[0]
+        model = served.id
+        bias = dict.fromkeys(map(str, never), -100) if served.owned_by == "vllm" else openai.omit
         with ThreadPoolExecutor(len(questions) if together else 1) as threads:
             return list(threads.map(ask, questions))
     except openai.OpenAIError as error:
@@ -358,6 +368,7 @@ def every_path(
                 ask = partial(
                     asked_of_server,
                     *(url, questions),
+                    never=engine.never(),
                     key=key,
                     together=together,
                     max_new_tokens=max_new_tokens,

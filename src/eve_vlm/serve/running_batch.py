@@ -30,7 +30,7 @@ from transformers import (
 
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 
-from .cache_rows import PrefixStore, add_rows, keep_rows
+from .cache_rows import GrowingCache, PrefixStore, add_rows, keep_rows
 from .messages import Prompt
 from .reply import Reply
 from .sampling import ChooseTokens
@@ -76,14 +76,20 @@ class RunningBatch:
     # --- from any thread ---
 
     def add(self, replies: Sequence[Reply]) -> None:
-        """Lets replies wait for their turn, in order."""
+        """Lets replies wait for their turn, in order; those that were given up take no place."""
         with self._lock:
+            given_up = [reply for reply in self._waiting if reply.cancelled]
+            for reply in given_up:
+                self._waiting.remove(reply)
             self._waiting.extend(replies)
+        for reply in given_up:
+            reply.end("cancelled")
 
     @property
     def waiting(self) -> int:
-        """Replies whose prompts were not read yet."""
-        return len(self._waiting)
+        """Replies whose prompts were not read yet, and that somebody waits for."""
+        with self._lock:
+            return sum(not reply.cancelled for reply in self._waiting)
 
     @property
     def running(self) -> int:
@@ -174,7 +180,7 @@ class RunningBatch:
         }
         fresh = [prompt for prompt in prompts if prompt not in found]
         groups = [([prompt], cache) for prompt, cache in found.items()]
-        groups += [(fresh, DynamicCache())] if fresh else []
+        groups += [(fresh, GrowingCache())] if fresh else []
         read = []
         for group, cache in groups:
             replies = [reply for reply in newcomers if reply.prompt in group]

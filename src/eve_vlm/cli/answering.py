@@ -1,0 +1,142 @@
+"""What the commands that ask have in common: their options, the opened model, and printing.
+
+An option means the same in each of them because it is written here once.  Easy to get wrong: what a
+model says may hold control characters, which must not reach a terminal, and must reach a file.
+"""
+
+import io
+import re
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import Dtype
+
+if TYPE_CHECKING:
+    from eve_vlm.serve.engine import EveEngine
+
+
+class Attention(StrEnum):
+    """Ways to compute attention; answers are alike, speed and memory differ."""
+
+    sdpa = "sdpa"
+    eager = "eager"
+    flex_attention = "flex_attention"
+    flash_attention_2 = "flash_attention_2"
+
+
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A model folder or Hub id; without it the last quickstart run is taken.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1 or mps; a GPU where there is one."),
+]
+NumberType = Annotated[
+    Dtype | None,
+    typer.Option("--dtype", help="Type of the weights; float32 on a CPU, else the stored one."),
+]
+AttentionKind = Annotated[Attention, typer.Option("--attention", help="How attention is computed.")]
+System = Annotated[
+    str | None,
+    typer.Option("--system", metavar="TEXT", help="Instructions in front of the conversation."),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")
+]
+Temperature = Annotated[
+    float,
+    typer.Option("--temperature", min=0, help="0 takes the likeliest token; above, it is drawn."),
+]
+TopP = Annotated[
+    float,
+    typer.Option("--top-p", help="Draw from the likeliest tokens of this probability together."),
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", min=0, help="Draw from so many likeliest tokens; 0 means all.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="The same seed draws the same answer.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="A text that ends the answer. May be repeated."),
+]
+MaxImageTokens = Annotated[
+    int | None,
+    typer.Option("--max-image-tokens", min=1, help="Most tokens for each picture."),
+]
+
+
+def open_engine(
+    model: str,
+    *,
+    device: str | None,
+    dtype: Dtype | None,
+    attention: Attention,
+    batch_size: int = 1,
+    keep: bool = False,
+) -> "EveEngine":
+    """The model, loaded as the options say.
+
+    Args:
+        keep: keeps the cache of a conversation as long as the model takes.
+
+    Raises:
+        ValueError: if it cannot be loaded, or not in that way.
+    """
+    import torch
+
+    from eve_vlm.errors import first_line
+    from eve_vlm.serve.engine import EveEngine, PrefixStore
+
+    try:
+        torch.empty(0, device=device)  # before weights are read for minutes
+        engine = EveEngine.from_pretrained(
+            model,
+            device=device,
+            dtype=None if dtype is None else getattr(torch, dtype.value),
+            attn_implementation=attention.value,
+            batch_size=batch_size,
+        )
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"{model} cannot be loaded so ({first_line(error)}); choose another --device, --dtype "
+            "or --attention."
+        ) from None
+    if keep:
+        engine.kept = PrefixStore(engine.max_length)
+    return engine
+
+
+def show(text: str, *, end: str = "\n", err: bool = False) -> None:
+    """Prints; letters that the terminal has no place for are shown as what they are."""
+    stream = sys.stderr if err else sys.stdout
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
+    if stream.isatty():
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+    print(text, end=end, file=stream, flush=True)  # typer.echo would leave out what ESC begins
+
+
+__all__ = [
+    "Attention",
+    "AttentionKind",
+    "Device",
+    "MaxImageTokens",
+    "MaxNewTokens",
+    "ModelName",
+    "NumberType",
+    "Seed",
+    "Stop",
+    "System",
+    "Temperature",
+    "TopK",
+    "TopP",
+    "open_engine",
+    "show",
+]
