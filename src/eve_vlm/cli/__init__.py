@@ -49,7 +49,10 @@ def _root(
 
 
 # In the order of `eve --help`.
-COMMANDS = (init, train, quickstart, ask, chat, look, parity, inspect, fits, convert, export, doctor)
+COMMANDS = (
+    *(init, train, quickstart, ask, chat, look, parity),
+    *(inspect, fits, convert, export, doctor),
+)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(assets_app, name="assets")

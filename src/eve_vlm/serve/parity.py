@@ -250,7 +250,7 @@ def asked_of_server(
             temperature=0,
             logprobs=True,
             extra_body={"return_tokens_as_token_ids": True},
-            logit_bias=bias,  # type: ignore[arg-type]
+            logit_bias=bias,
         )
         logprobs = completion.choices[0].logprobs
         content = (logprobs.content if logprobs else None) or []
