@@ -353,6 +353,7 @@ def test_a_budget_is_that_of_one_request(engine):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e-39}, "temperature is 1e-39"),
         ({"top_p": 0.0}, "top_p is 0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"stop": ("",)}, "not empty"),
@@ -370,6 +371,13 @@ def test_a_budget_is_that_of_one_request(engine):
 def test_bad_settings_are_refused(engine, settings, part):
     messages = [user_message("What?", [tiny.picture(20, 20)])]
     assert part in tiny.refused(lambda: engine.answer(messages, **settings), end=".")
+
+
+def test_a_message_that_the_template_leaves_out_is_refused(engine):
+    """The templates here write system words in front only; later ones would vanish silently."""
+    messages = [*user_message("What?", []), {"role": "system", "content": "Be brief."}]
+    text = tiny.refused(lambda: engine.answer([messages]), end=".")
+    assert "leaves out message 1, of the role system" in text
 
 
 # --- stop texts and streams -----------------------------------------------------------------------

@@ -20,6 +20,8 @@ from .looking import inspect
 from .looking_where import look
 from .machine import fits
 from .models import convert
+from .paging import demo
+from .serving import serve
 from .starting import init
 from .training import quickstart, train
 
@@ -50,7 +52,7 @@ def _root(
 
 # In the order of `eve --help`.
 COMMANDS = (
-    *(init, train, quickstart, ask, chat, look, parity),
+    *(init, train, quickstart, ask, chat, demo, look, serve, parity),
     *(inspect, fits, convert, export, doctor),
 )
 for command in COMMANDS:

@@ -136,7 +136,7 @@ def encode(
 
     Raises:
         ValueError: if a picture cannot be read, the budget is below the smallest picture, or the
-            model's chat template refuses the messages.
+            model's chat template refuses a message or leaves it out.
     """
     images = pictures_of(messages) if pictures is None else list(pictures)
     try:
@@ -156,6 +156,7 @@ def encode(
             "The conversation has letters that are none in Unicode (lone surrogates, as bytes that "
             "are not UTF-8 become); mend its text."
         )
+    _check_nothing_left_out(messages, text)
     inputs = processor(
         text=[text],
         images=images or None,
@@ -165,6 +166,20 @@ def encode(
     )
     ids, grids = inputs["input_ids"][0], inputs.get("image_grid_thw")
     return Prompt(ids, inputs.get("pixel_values"), grids, _spans(ids, grids, processor))
+
+
+def _check_nothing_left_out(messages: Messages, text: str) -> None:
+    """Some chat templates leave out what they do not know, such as a second system message."""
+    for index, message in enumerate(messages):
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        said = [part["text"].strip() for part in parts if "text" in part]
+        # Earlier answers may be shortened: some templates drop what a model thought.
+        if message["role"] != "assistant" and not all(words in text for words in said):
+            raise ValueError(
+                f"The model's chat template leaves out message {index}, of the role "
+                f"{message['role']}; put its words into another message."
+            )
 
 
 def _spans(

@@ -72,6 +72,9 @@ class RunningBatch:
         self._waiting: deque[Reply] = deque()
         self._rows: Rows | None = None
         self._lock = threading.Lock()
+        # Cleared by who wants the model in between: tokens are made up to the next one only.
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
 
     # --- from any thread ---
 
@@ -254,6 +257,8 @@ class RunningBatch:
         """Whether a leg ends here: a row can leave or join, or half of the work is in vain."""
         finished = sum(reply.finished for reply in replies)
         if self._waiting and len(replies) - finished < self.size:
+            return True
+        if not self.may_go_on.is_set():
             return True
         return 2 * finished >= len(replies) > 0 and finished > 0
 

@@ -21,6 +21,8 @@ from transformers import (
 )
 
 MAX_LOGPROBS = 20  # as the OpenAI protocol has it
+# Scores divided by far less leave float32, and no token can be drawn for anybody in the batch.
+LEAST_TEMPERATURE = 1e-6
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 
 
@@ -64,6 +66,11 @@ class Sampling:
             if value is not None and not low <= value <= high:
                 limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise ValueError(f"{name} is {value}; give a value that is {limits}.")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {self.temperature}; give 0 for the likeliest token, or at least "
+                f"{LEAST_TEMPERATURE}."
+            )
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop is {self.stop!r}; give a tuple of texts that are not empty.")
         if len(self.stop) > MAX_STOPS or max(map(len, self.stop), default=0) > MAX_STOP_LENGTH:
@@ -143,4 +150,11 @@ class ChooseTokens(LogitsProcessor):
         return scores
 
 
-__all__ = ["MAX_LOGPROBS", "ChooseTokens", "Chooser", "Sampling", "TokenLogprob"]
+__all__ = [
+    "LEAST_TEMPERATURE",
+    "MAX_LOGPROBS",
+    "ChooseTokens",
+    "Chooser",
+    "Sampling",
+    "TokenLogprob",
+]

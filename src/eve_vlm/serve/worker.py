@@ -8,7 +8,8 @@ else anything.
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from .engine import EveEngine
 from .messages import Messages
@@ -34,6 +35,7 @@ class Worker:
         )
         self._work = threading.Event()
         self._closed = False
+        self._pausing = threading.Lock()
         self._thread = threading.Thread(target=self._answer, name="eve-worker", daemon=True)
         self._thread.start()
 
@@ -84,6 +86,20 @@ class Worker:
         self.batch.add(replies)
         self._work.set()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Gives the caller the model between two tokens of whoever is being answered.
+
+        `EveEngine.lock` alone would wait until an answer ends.
+        """
+        with self._pausing:
+            self.batch.may_go_on.clear()
+            try:
+                with self.engine.lock:
+                    yield
+            finally:
+                self.batch.may_go_on.set()
+
     def close(self) -> None:
         """Stops at the next token; whoever still waits is told."""
         self._closed = True
@@ -102,6 +118,7 @@ class Worker:
                 self._work.wait()
                 self._work.clear()
                 while self.batch.busy and not self._closed:
+                    self.batch.may_go_on.wait()
                     try:
                         with self.engine.lock:
                             self.batch.step()

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from eve_vlm.serve.messages import Messages
-from eve_vlm.serve.sampling import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOPS, Sampling
+from eve_vlm.serve.sampling import (
+    LEAST_TEMPERATURE,
+    MAX_LOGPROBS,
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    Sampling,
+)
 
 from .limits import LOW_DETAIL_TOKENS, Limits, RequestError
 
-# Scores divided by far less leave float32, and no token can be drawn for anybody in the batch.
-LEAST_TEMPERATURE = 1e-6
 MAX_PARTS = 256  # of one message
 MAX_WORD = 512  # letters of names that are only noted
 SHOWN_MISTAKES = 1000  # above, naming them costs more than sending them did
