@@ -51,7 +51,7 @@ from eve_vlm.serve.sampling import Sampling
 from eve_vlm.serve.worker import QueueFullError, Worker
 
 QUESTION, LENGTH = "What is this?", 24
-STEP = 0.05  # seconds that the model waits in each step while an answer is watched
+STEP = 0.03  # seconds that the model waits in each step while an answer is watched
 
 
 def engine(**settings) -> EveEngine:

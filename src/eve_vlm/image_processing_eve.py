@@ -108,7 +108,7 @@ def eve_grid(
 def _check_budget(least: int | None, most: int | None, cells: int) -> None:
     """Refuses budgets that no picture can keep; `cells` lie along one size multiple."""
     smallest = num_image_tokens(cells, cells)
-    for name, value in (("min_image_tokens", least), ("max_image_tokens", most)):
+    for name, value in (("max_image_tokens", most), ("min_image_tokens", least)):
         if value is not None and value < smallest:
             raise ValueError(
                 f"{name} is {value}, but the smallest picture takes {smallest} tokens; give at "
