@@ -19,16 +19,16 @@ import pytest
 import tiny
 from eve_vlm import cli
 from eve_vlm.cli.answering import show
-from eve_vlm.serve.answer_files import AnswerFile, json_line, records_of
-from eve_vlm.serve.engine import EveEngine, Sampling
-from eve_vlm.serve.picture_answers import (
+from eve_vlm.serve.asking.answer_files import AnswerFile, json_line, records_of
+from eve_vlm.serve.asking.picture_answers import (
     BATCHES_AHEAD,
     PictureAnswers,
     Question,
     answer_each,
     in_order,
 )
-from eve_vlm.serve.picture_sources import PictureSource
+from eve_vlm.serve.asking.picture_sources import PictureSource
+from eve_vlm.serve.engine import EveEngine, Sampling
 
 refused_by = partial(tiny.refused, end=".")
 QUESTION = "What is this?"

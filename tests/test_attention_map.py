@@ -25,11 +25,17 @@ from eve_vlm.cli.looking_where import look as look_command
 from eve_vlm.patch_embedding_eve import PackedGrid
 from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE
 from eve_vlm.published_tokenizer_eve import published_tokenizer
-from eve_vlm.serve import attention_rows
-from eve_vlm.serve.answer_words import tokens_of, words_of
-from eve_vlm.serve.attention_map import AttentionMaps, Word, attention_maps, look
-from eve_vlm.serve.attention_picture import cell_box, colour_scale, draw_map, overlay, save_map
 from eve_vlm.serve.engine import EveEngine, user_message
+from eve_vlm.serve.looking import attention_rows
+from eve_vlm.serve.looking.answer_words import tokens_of, words_of
+from eve_vlm.serve.looking.attention_map import AttentionMaps, Word, attention_maps, look
+from eve_vlm.serve.looking.attention_picture import (
+    cell_box,
+    colour_scale,
+    draw_map,
+    overlay,
+    save_map,
+)
 from oracle.geometry import cover
 from small_decoders import FAMILIES, words
 from tiny import refused
@@ -654,7 +660,7 @@ def hand_made(pictures=1):
 def count(drawn, level, grey):
     """Pixels of exactly the colour that a level has over a grey."""
     over = Image.new("RGB", (1, 1), (grey,) * 3)
-    from eve_vlm.serve.attention_picture import OPACITY
+    from eve_vlm.serve.looking.attention_picture import OPACITY
 
     colour = Image.new("RGB", (1, 1), tuple(colour_scale()[level].tolist()))
     wanted = np.asarray(Image.blend(over, colour, OPACITY))[0, 0]
@@ -830,3 +836,15 @@ def test_what_the_command_refuses(run, tmp_path, arguments, said):
     assert isinstance(done.exception, ValueError) and said in str(done.exception)
     assert "\n" not in str(done.exception)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["cat.png", "dog.png"]
+
+
+def test_words_of_bytes_that_are_no_letters():
+    """A model may say anything; every token of an answer is in a word or special."""
+    tokenizer = published_tokenizer(
+        golden.FOLDER / "tokenizer" / "tokenizer.json", chat_template=""
+    )
+    rng = random.Random(0)
+    for _ in range(300):
+        ids = [rng.randrange(3, 700) for _ in range(rng.randint(1, 20))]
+        places = [place for word in words_of(tokenizer, ids) for place in word.tokens]
+        assert places == sorted(set(places)) and set(places) <= set(range(len(ids)))

@@ -21,9 +21,9 @@ from PIL import Image
 import tiny
 from eve_vlm import cli
 from eve_vlm.cli.chatting import COMMANDS
-from eve_vlm.serve.conversation import Conversation
+from eve_vlm.serve.asking.conversation import Conversation
+from eve_vlm.serve.asking.terminal_picture import MAX_COLUMNS, MAX_ROWS, colours_of, draw_small
 from eve_vlm.serve.engine import EveEngine, Sampling
-from eve_vlm.serve.terminal_picture import MAX_COLUMNS, MAX_ROWS, colours_of, draw_small
 
 pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
 TOKENS = 6

@@ -16,8 +16,8 @@ from PIL import Image
 
 import tiny
 from eve_vlm.processing_eve import VICUNA_CHAT_TEMPLATE
+from eve_vlm.serve.asking.conversation import Conversation, TooLongError
 from eve_vlm.serve.cache_rows import LEAST_REUSED
-from eve_vlm.serve.conversation import Conversation, TooLongError
 from eve_vlm.serve.engine import EveEngine
 
 refused = partial(tiny.refused, end=".")
@@ -256,7 +256,7 @@ def test_a_saved_conversation_goes_on_the_same(engine, plain, talked, tmp_path):
 
 def test_pages_of_a_pdf_are_saved_by_name(engine, tmp_path):
     pytest.importorskip("pypdfium2", reason="needs the extra pdf")
-    from eve_vlm.serve.picture_sources import find_pictures
+    from eve_vlm.serve.asking.picture_sources import find_pictures
 
     tiny.picture(60, 40).save(tmp_path / "a.pdf")
     conversation = Conversation(engine)

@@ -29,11 +29,11 @@ import tiny
 from eve_vlm.cli.paging import demo
 from eve_vlm.image_processing_eve import num_image_tokens
 from eve_vlm.inspection.grid_picture import draw_grid
-from eve_vlm.serve import page_parts
-from eve_vlm.serve.attention_map import look
-from eve_vlm.serve.attention_picture import overlay
 from eve_vlm.serve.engine import EveEngine, user_message
-from eve_vlm.serve.page_parts import (
+from eve_vlm.serve.looking.attention_map import look
+from eve_vlm.serve.looking.attention_picture import overlay
+from eve_vlm.serve.page import parts
+from eve_vlm.serve.page.parts import (
     MAX_PICTURES,
     WHOLE,
     View,
@@ -153,7 +153,7 @@ def test_the_grid_is_that_of_the_prompt(alone, files, budget):
 def test_heat_is_the_overlay_of_the_word(alone, worker, files, view, monkeypatch):
     visit = visited(alone, files[:2], budget=12)
     calls = []
-    monkeypatch.setattr(page_parts, "look", lambda *a, **k: calls.append(k) or look(*a, **k))
+    monkeypatch.setattr(parts, "look", lambda *a, **k: calls.append(k) or look(*a, **k))
     maps = look(
         alone,
         user_message(QUESTION, files[:2]),
@@ -407,7 +407,7 @@ def site():
     """Address, worker and waiting time of a page with a model behind it."""
     pytest.importorskip("gradio", reason="needs the extra page")
     from eve_vlm.serve.http.running import bound, url_of
-    from eve_vlm.serve.page_server import allowed_hosts, make_server, page_app
+    from eve_vlm.serve.page.server import allowed_hosts, make_server, page_app
 
     made, started, waiting = engine(keep_tokens=512), threading.Event(), Waiting()
     made.model.model.language_model.register_forward_pre_hook(lambda *_: time.sleep(waiting.step))

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 import tiny
-from eve_vlm.serve import picture_sources
-from eve_vlm.serve.picture_sources import PAGE_PIXELS, SUFFIXES, find_pictures
+from eve_vlm.serve.asking import picture_sources
+from eve_vlm.serve.asking.picture_sources import PAGE_PIXELS, SUFFIXES, find_pictures
 
 COLOURS = {"red": "1 0 0", "lime": "0 1 0", "blue": "0 0 1", "white": "1 1 1"}
 

@@ -36,10 +36,10 @@ from .answering import (
 )
 
 if TYPE_CHECKING:
-    from eve_vlm.serve.answer_files import AnswerFile
+    from eve_vlm.serve.asking.answer_files import AnswerFile
+    from eve_vlm.serve.asking.picture_answers import PictureAnswers, Question
+    from eve_vlm.serve.asking.picture_sources import PictureSource
     from eve_vlm.serve.engine import EveEngine
-    from eve_vlm.serve.picture_answers import PictureAnswers, Question
-    from eve_vlm.serve.picture_sources import PictureSource
 
 STOPPED = 130  # the exit code of a command that Ctrl-C ended
 
@@ -110,8 +110,8 @@ def ask(
     """
     names, text = _names_and_question(words or [], question_file)
     from eve_vlm.quickstart import last_quickstart_model
-    from eve_vlm.serve.picture_answers import Question
-    from eve_vlm.serve.picture_sources import find_pictures
+    from eve_vlm.serve.asking.picture_answers import Question
+    from eve_vlm.serve.asking.picture_sources import find_pictures
     from eve_vlm.serve.sampling import Sampling
 
     sampling = Sampling(
@@ -171,14 +171,14 @@ class _Asking:
     @property
     def asked(self) -> dict[str, Any]:
         """What stands in every line of JSON."""
-        from eve_vlm.serve.answer_files import settings_of
+        from eve_vlm.serve.asking.answer_files import settings_of
 
         settings = settings_of(self.question, **self.how)
         return {"question": self.question.text.strip(), "model": self.model, "settings": settings}
 
     def once(self, sources: "Sequence[PictureSource]", stream: bool | None) -> int:
         """One question about all pictures; returns the exit code."""
-        from eve_vlm.serve.picture_answers import PictureAnswers
+        from eve_vlm.serve.asking.picture_answers import PictureAnswers
 
         pictures = [source.open() for source in sources]
         alone = self.question.n == self.question.num_beams == 1 and not self.as_json
@@ -201,7 +201,7 @@ class _Asking:
 
     def about_each(self, sources: "Sequence[PictureSource]", out: Path | None) -> int:
         """The question about each picture; returns the exit code."""
-        from eve_vlm.serve.answer_files import AnswerFile
+        from eve_vlm.serve.asking.answer_files import AnswerFile
 
         if not sources:
             raise ValueError("There is no picture to ask about; name some in front.")
@@ -225,8 +225,8 @@ class _Asking:
     ) -> None:
         from tqdm import tqdm
 
-        from eve_vlm.serve.answer_files import records_of
-        from eve_vlm.serve.picture_answers import answer_each, in_order
+        from eve_vlm.serve.asking.answer_files import records_of
+        from eve_vlm.serve.asking.picture_answers import answer_each, in_order
 
         results = answer_each(self.load(), self.question, sources)
         shown = self.as_json or file is None
@@ -247,7 +247,7 @@ class _Asking:
 
     def show(self, result: "PictureAnswers", *, named: bool = True) -> None:
         """Prints what came of one picture, or of all together."""
-        from eve_vlm.serve.answer_files import json_line, records_of
+        from eve_vlm.serve.asking.answer_files import json_line, records_of
 
         if self.as_json:
             for record in records_of(result, self.asked):

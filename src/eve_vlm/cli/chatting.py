@@ -36,10 +36,10 @@ from .answering import (
 )
 
 if TYPE_CHECKING:
-    from eve_vlm.serve.conversation import Conversation
+    from eve_vlm.serve.asking.conversation import Conversation
+    from eve_vlm.serve.asking.terminal_picture import Colours
     from eve_vlm.serve.reply import Answer
     from eve_vlm.serve.sampling import Sampling
-    from eve_vlm.serve.terminal_picture import Colours
 
 PROMPT = "> "
 STOPPED = 130  # the exit code of a command that Ctrl-C ended
@@ -69,9 +69,9 @@ def chat(
     Lines are questions; /image cat.png adds a picture to the next one, /help lists the commands.
     """
     from eve_vlm.quickstart import last_quickstart_model
-    from eve_vlm.serve.conversation import Conversation
+    from eve_vlm.serve.asking.conversation import Conversation
+    from eve_vlm.serve.asking.terminal_picture import colours_of
     from eve_vlm.serve.sampling import Sampling
-    from eve_vlm.serve.terminal_picture import colours_of
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -140,7 +140,7 @@ class _Chat:
 
     def complain(self, error: ValueError) -> None:
         """Says what was refused, and how to go on where a conversation has become too long."""
-        from eve_vlm.serve.conversation import TooLongError
+        from eve_vlm.serve.asking.conversation import TooLongError
 
         show(f"eve: {error}", err=True)
         if isinstance(error, TooLongError):
@@ -172,8 +172,8 @@ class _Chat:
 
     def image(self, text: str) -> None:
         """Adds pictures to the next question."""
-        from eve_vlm.serve.picture_sources import find_pictures
-        from eve_vlm.serve.terminal_picture import draw_small
+        from eve_vlm.serve.asking.picture_sources import find_pictures
+        from eve_vlm.serve.asking.terminal_picture import draw_small
 
         name = _path(text)
         if name == "-":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from eve_vlm.image_processing_eve import EveImageProcessor
-    from eve_vlm.serve.attention_map import AttentionMaps
+    from eve_vlm.serve.looking.attention_map import AttentionMaps
 
 
 class Method(StrEnum):
@@ -77,9 +77,9 @@ def look(
     _check(files, question, out, numbers)
     from eve_vlm.pictures import open_picture
     from eve_vlm.quickstart import last_quickstart_model
-    from eve_vlm.serve.attention_map import look as look_where
-    from eve_vlm.serve.attention_picture import draw_map, save_map
     from eve_vlm.serve.engine import EveEngine, user_message
+    from eve_vlm.serve.looking.attention_map import look as look_where
+    from eve_vlm.serve.looking.attention_picture import draw_map, save_map
 
     pictures = [open_picture(file) for file in files]
     messages = user_message(question, pictures)
@@ -127,7 +127,7 @@ def _lines(
     words: list[int | str] | None,
 ) -> list[str]:
     """A table: each word, its share on cells, its strongest cell."""
-    from eve_vlm.serve.attention_picture import cell_box
+    from eve_vlm.serve.looking.attention_picture import cell_box
 
     places = range(len(maps.words)) if words is None else [maps.find(word) for word in words]
     texts = [maps.words[place].text.strip() for place in places]

@@ -1,6 +1,6 @@
 """The command that shows: `eve demo` opens a page to chat with a model and see where it looked.
 
-The page is in `eve_vlm.serve.page`, imported inside so that `eve --help` does not wait for it.
+The page is in `eve_vlm.serve.page.page`, imported inside so that `eve --help` does not wait for it.
 Easy to get wrong: a model of `eve quickstart` knows pictograms only, so its examples are held-out
 ones of those; any other drawing would get an answer that makes no sense.
 """
@@ -18,7 +18,7 @@ from .answering import Attention, AttentionKind, Device, ModelName, NumberType, 
 from .serving import Host, Port
 
 if TYPE_CHECKING:
-    from eve_vlm.serve.page_parts import Example
+    from eve_vlm.serve.page.parts import Example
 
 QUICKSTART_MARK = "scores.json"  # in the folder of every finished quickstart
 FAMILIES = ("name", "position", "count")  # of the quickstart's questions, one example each
@@ -51,7 +51,7 @@ def demo(
         )
     from eve_vlm.quickstart import last_quickstart_model
     from eve_vlm.serve.http.running import bound, is_loopback, url_of
-    from eve_vlm.serve.page_server import allowed_hosts, make_server, page_app
+    from eve_vlm.serve.page.server import allowed_hosts, make_server, page_app
     from eve_vlm.serve.worker import Worker
 
     name = model or str(last_quickstart_model())
@@ -89,7 +89,7 @@ def _short(model: str) -> str:
 
 def _examples(model: str) -> "list[Example]":
     """Held-out pictures for a model of the quickstart, simple drawings for any other."""
-    from eve_vlm.serve.page_parts import Example, drawn_examples
+    from eve_vlm.serve.page.parts import Example, drawn_examples
 
     if not (Path(model).expanduser() / QUICKSTART_MARK).is_file():
         return drawn_examples()

@@ -12,6 +12,40 @@ from transformers import PreTrainedTokenizerBase
 HALF_A_LETTER = "\ufffd"  # what bytes decode to that are no letter, or none yet
 
 
+class TextDecoder:
+    """Decodes tokens one by one; letters that are not whole yet are held back.
+
+    The tokenizers' own `DecodeStream` raises an error for bytes that are no letter behind others
+    that are one (0.23, sentencepiece), and a model may say anything.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # Tokens before `_read` were given out; those from `_from` are decoded with what follows,
+        # because a word alone may lose the blank in front of it.
+        self._from = self._read = 0
+
+    def step(self, token_id: int) -> str:
+        """Takes a token; returns the text that is now certain and was not given out before."""
+        self._ids.append(token_id)
+        text = self.rest()
+        if not text or text.endswith(HALF_A_LETTER):
+            return ""
+        self._from, self._read = self._read, len(self._ids)
+        return text
+
+    def rest(self) -> str:
+        """What was not given out; bytes that are no letter as the tokenizer shows them."""
+        before, text = self._decode(self._from, self._read), self._decode(self._from)
+        return text[len(before) :]
+
+    def _decode(self, first: int, behind: int | None = None) -> str:
+        return self._tokenizer.decode(
+            self._ids[first:behind], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
 class AnswerText:
     """The text of one answer.
 
@@ -20,42 +54,21 @@ class AnswerText:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids: list[int] = []
-        # Tokens before `_read` are in the text; those from `_from` are decoded with what follows,
-        # because a word alone may lose the blank in front of it.
-        self._from = self._read = 0
+        self._decoder, self._stop = TextDecoder(tokenizer), tuple(stop)
         self._decoded = ""  # all text that is certain, with outer blanks
         self._shown = 0  # letters of it that were given out or stripped in front
         self.stopped = False
         self.text = ""
 
     def push(self, token_id: int) -> str:
-        """Takes a token; returns the text that is now certain and was not given out before.
-
-        The tokenizers' own `DecodeStream` raises an error for bytes that are no letter behind
-        others that are one (0.23, sentencepiece), and a model may say anything.
-        """
-        self._ids.append(token_id)
-        before, text = self._decode(self._from, self._read), self._decode(self._from)
-        if len(text) <= len(before) or text.endswith(HALF_A_LETTER):
-            return ""
-        self._from, self._read = self._read, len(self._ids)
-        return self._add(text[len(before) :])
+        """Takes a token; returns the text that is now certain and was not given out before."""
+        new = self._decoder.step(token_id)
+        return self._add(new) if new else ""
 
     def finish(self) -> str:
         """No token follows; returns what was held back."""
-        given = ""
-        if not self.stopped:
-            # Bytes that never became a letter are shown as the tokenizer shows them.
-            before, text = self._decode(self._from, self._read), self._decode(self._from)
-            given = self._add(text[len(before) :])
+        given = "" if self.stopped else self._add(self._decoder.rest())
         return given + self._give(len(self._decoded.rstrip()))
-
-    def _decode(self, first: int, behind: int | None = None) -> str:
-        return self._tokenizer.decode(
-            self._ids[first:behind], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
 
     def _add(self, new: str) -> str:
         searched = max(0, len(self._decoded) - max(map(len, self._stop), default=0))
@@ -82,4 +95,4 @@ class AnswerText:
         return given
 
 
-__all__ = ["AnswerText"]
+__all__ = ["AnswerText", "TextDecoder"]
