@@ -31,6 +31,7 @@ from .modeling_eve import EveForConditionalGeneration
 from .output_folder import require_room
 from .processing_eve import EveProcessor
 from .published_eve import is_published
+from .quantization import check_quantized, quantization_config
 
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
@@ -49,6 +50,7 @@ def load(
     device: str | None = None,
     attn_implementation: str = "sdpa",
     aligner: bool = False,
+    quantize: str | None = None,
 ) -> Loaded:
     """Loads a model with its processor, by folder or by Hub id.
 
@@ -59,6 +61,7 @@ def load(
             70 times slower, measured) and the stored type elsewhere.
         device: None means a GPU where there is one.
         aligner: loads the training class with the patch aligning layer.
+        quantize: `int8` or `nf4` for decoder weights in 8 or 4 bits; None keeps them.
 
     Raises:
         ValueError: in one sentence, for whatever is wrong with the name or the files.
@@ -72,7 +75,14 @@ def load(
         raise ValueError(
             f"{name_or_folder} has no aligner; load it without, or take a checkpoint of training."
         )
-    model = load_model(folder, config=config, dtype=dtype, attn_implementation=attn_implementation)
+    model = load_model(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        quantize=quantize,
+        device=device,
+    )
     return Loaded(model.to(device).eval(), load_processor(folder))
 
 
@@ -226,6 +236,8 @@ def load_model(
     dtype: torch.dtype | None = None,
     attn_implementation: str = "sdpa",
     new: Iterable[str] = (),
+    quantize: str | None = None,
+    device: str = "cpu",
 ) -> EveForConditionalGeneration:
     """Loads a folder; with `config.alignment_config`, the training class with the aligner.
 
@@ -234,9 +246,12 @@ def load_model(
         config: settings to use instead of the folder's own.
         dtype: type of the weights; None keeps the saved one.
         new: regular expressions of weights that may be missing and start fresh.
+        quantize: see `load`.
+        device: where weights are quantized, one by one, and stay; otherwise they stay on the CPU.
     """
     folder = require_model_folder(folder)
     list_weights(folder)  # every file is whole, and none wants to run code
+    changes = {} if quantize is None else _quantized(folder, quantize, dtype, device)
     training = config is not None and config.alignment_config is not None
     cls = EveForPreTraining if training else EveForConditionalGeneration
     try:
@@ -248,7 +263,13 @@ def load_model(
                 attn_implementation=attn_implementation,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are reported below, in our words
+                **changes,
             )
+    except ImportError as error:
+        raise ValueError(
+            f"{folder} holds quantized weights, whose package is not installed "
+            f'({first_line(error)}); run: pip install "eve-vlm[quantize]".'
+        ) from None
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"The weights in {folder} cannot be read ({first_line(error)}); copy or save them "
@@ -256,7 +277,20 @@ def load_model(
         ) from None
     _check_shapes(folder, report["mismatched_keys"])
     check_loaded(folder, report["missing_keys"], report["unexpected_keys"], allowed=new)
+    if quantize is not None:
+        check_quantized(model, quantize)
     return model
+
+
+def _quantized(folder: Path, kind: str, dtype: torch.dtype | None, device: str) -> dict[str, Any]:
+    """What `from_pretrained` takes so that weights are quantized where they will stay."""
+    config = load_config(folder)
+    if "quantization_config" in config.to_dict():
+        raise ValueError(f"{folder} holds quantized weights already; load it without quantize.")
+    return {
+        "quantization_config": quantization_config(kind, dtype or config.dtype),
+        "device_map": {"": device},
+    }
 
 
 def load_processor(

@@ -64,11 +64,21 @@ class EveEngine:
         device: str | None = None,
         dtype: torch.dtype | None = None,
         attn_implementation: str = "sdpa",
+        quantize: str | None = None,
         **settings: Any,
     ) -> "EveEngine":
-        """Loads a folder or Hub id onto `device` (a GPU where there is one, else the CPU)."""
+        """Loads a folder or Hub id onto `device` (a GPU where there is one, else the CPU).
+
+        Args:
+            quantize: `int8` or `nf4` for decoder weights in 8 or 4 bits.
+            settings: of the engine.
+        """
         loaded = load(
-            name_or_folder, device=device, dtype=dtype, attn_implementation=attn_implementation
+            name_or_folder,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantize=quantize,
         )
         return cls(*loaded, **settings)
 
