@@ -699,7 +699,11 @@ def test_a_resolver_that_takes_very_long(get):
     done.set()
 
 
-@pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\n\r\n", os.urandom(100)])
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"HTTP/1.1 200 OK\r\n\r\n", os.urandom(100)],
+    ids=["silence", "plain HTTP", "noise"],
+)
 def test_hosts_that_do_not_speak_tls(get, trusted, sent):
     with socket.create_server(("127.0.0.1", 0)) as listening:
 

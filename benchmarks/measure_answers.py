@@ -1,0 +1,166 @@
+"""How fast a model answers, in how much memory, and how far smaller weights move its answers.
+
+    python benchmarks/measure_answers.py MODEL --variants plain int8 nf4
+
+Every variant runs in a process of its own, so that its peak of memory is its own.  It answers the
+same questions about pictures of mixed sizes one at a time, then 8 and 32 together, with as many
+tokens each.  The answers and log-probabilities of `plain` are the yardstick of the others.  A table
+is printed, then one line of JSON.
+
+Easy to get wrong: speeds of two runs on a shared machine do not compare; the rate of a matrix
+product, measured in each process before and after, stands beside them.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from PIL import Image
+
+from eve_vlm.serve.engine import EveEngine, user_message
+
+SIZES = ((640, 480), (480, 640), (600, 600), (900, 300), (200, 150), (300, 800))
+QUESTIONS = ("What is this?", "Describe the picture in one sentence.", "Which colours are there?")
+SIDE = 1024  # of the matrices whose product is timed
+
+
+def questions(count: int) -> list[list[dict]]:
+    """The same questions each time; every fourth is about no picture."""
+    asked = []
+    for index in range(count):
+        picture = Image.new("RGB", SIZES[index % len(SIZES)], (40 * index % 256, 90, 200))
+        question = f"{QUESTIONS[index % len(QUESTIONS)]} ({index})"
+        asked.append(user_message(question, [] if index % 4 == 3 else [picture]))
+    return asked
+
+
+def matrix_rate() -> float:
+    """float32 GFLOP/s of a matrix product, the best of five."""
+    one = torch.randn(SIDE, SIDE)
+    best = min(timed(lambda: one @ one) for _ in range(5))
+    return 2 * SIDE**3 / best / 1e9
+
+
+def timed(work: Any) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def likelihood(engine: EveEngine, messages: list[dict], answer: list[int]) -> list[float]:
+    """Log-probabilities of given tokens by one plain forward pass."""
+    prompt = engine.encode(messages)
+    ids = torch.cat([prompt.input_ids, torch.tensor(answer)])[None]
+    logits = engine.model(ids, logits_to_keep=len(answer) + 1, **prompt.pictures_from(0)).logits
+    rows = logits[0, :-1].float().log_softmax(-1)
+    return rows.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One variant, in this process."""
+    kind = None if args.variant == "plain" else args.variant
+    engine = EveEngine.from_pretrained(args.model, device="cpu", quantize=kind)
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    engine.model.generation_config.eos_token_id = None
+    engine.ends = lambda: []  # type: ignore[method-assign]  # all answers are equally long
+    asked, before = questions(args.questions), matrix_rate()
+    engine.answer(asked[:2], max_new_tokens=2)
+    speeds, tokens = {}, []
+    for size in (1, 8, 32):
+        some = asked[: args.alone] if size == 1 else asked
+        start = time.perf_counter()
+        answers = engine.answer(some, batch_size=size, max_new_tokens=args.tokens)
+        seconds = time.perf_counter() - start
+        speeds[str(size)] = len(some) * args.tokens / seconds
+        tokens.append([answer.token_ids for answer in answers])
+        if size == 1:
+            first = sorted(answer.seconds_to_first for answer in answers[:1])[0]
+    few = asked[: args.alone]
+    return {
+        "variant": args.variant,
+        "tokens_per_second": speeds,
+        "first_token": first,
+        "batch_is_single": tokens[0] == tokens[1][: args.alone] == tokens[2][: args.alone],
+        "tokens": tokens[0],
+        "logprobs": [
+            likelihood(engine, one, ids)
+            for one, ids in zip(few, args.yardstick or tokens[0], strict=True)
+        ],
+        "loaded_mb": loaded / 1024,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "weights_mb": sum(one.nbytes for one in engine.model.state_dict().values()) / 2**20,
+        "gflops": (before + matrix_rate()) / 2,
+    }
+
+
+def drift(plain: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """How far one variant's answers are from the plain ones."""
+    pairs = list(zip(plain["tokens"], other["tokens"], strict=True))
+    prefix = [
+        next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[0]))
+        for pair in pairs
+    ]
+    gaps = [
+        abs(a - b)
+        for one, two in zip(plain["logprobs"], other["logprobs"], strict=True)
+        for a, b in zip(one, two, strict=True)
+    ]
+    return {
+        "equal_answers": sum(a == b for a, b in pairs) / len(pairs),
+        "equal_beginning": sum(prefix) / sum(len(a) for a, _ in pairs),
+        "logprob_mean": sum(gaps) / len(gaps),
+        "logprob_most": max(gaps),
+    }
+
+
+def main() -> None:
+    """Runs all variants and prints what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--variants", nargs="+", default=["plain", "int8", "nf4"])
+    parser.add_argument("--questions", type=int, default=32, help="questions in all")
+    parser.add_argument("--alone", type=int, default=8, help="of them asked one at a time")
+    parser.add_argument("--tokens", type=int, default=32, help="of each answer")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--yardstick", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.variant:
+        print(json.dumps(measure(args)))
+        return
+    found: list[dict[str, Any]] = []
+    for variant in args.variants:
+        command = [sys.executable, __file__, args.model, "--variant", variant]
+        for name in ("questions", "alone", "tokens"):
+            command += [f"--{name}", str(vars(args)[name])]
+        if found:
+            command += ["--yardstick", json.dumps(found[0]["tokens"])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        row = found[-1] | {"drift": drift(found[0], found[-1])}
+        speeds = "  ".join(f"{size}: {one:6.1f}" for size, one in row["tokens_per_second"].items())
+        print(
+            f"{variant:6} tokens/s at {speeds}  first token {row['first_token']:.2f} s  "
+            f"weights {row['weights_mb']:.0f} MB  peak {row['peak_mb']:.0f} MB  "
+            f"batch == single {row['batch_is_single']}  equal beginning "
+            f"{row['drift']['equal_beginning']:.2f}  log-probability off by "
+            f"{row['drift']['logprob_mean']:.3f}, at most {row['drift']['logprob_most']:.2f}  "
+            f"({row['gflops']:.0f} GFLOP/s)",
+            flush=True,
+        )
+        found[-1]["drift"] = row["drift"]
+    print(
+        json.dumps(
+            [{k: v for k, v in one.items() if k not in ("tokens", "logprobs")} for one in found]
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
