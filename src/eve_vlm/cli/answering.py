@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Dtype
+from .options import Dtype, FewerBits
 
 if TYPE_CHECKING:
     from eve_vlm.serve.engine import EveEngine
@@ -43,6 +43,10 @@ NumberType = Annotated[
     typer.Option("--dtype", help="Type of the weights; float32 on a CPU, else the stored one."),
 ]
 AttentionKind = Annotated[Attention, typer.Option("--attention", help="How attention is computed.")]
+Quantize = Annotated[
+    FewerBits | None,
+    typer.Option("--quantize", help="Decoder weights in 8 or 4 bits; needs the extra quantize."),
+]
 System = Annotated[
     str | None,
     typer.Option("--system", metavar="TEXT", help="Instructions in front of the conversation."),
@@ -78,6 +82,7 @@ def open_engine(
     device: str | None,
     dtype: Dtype | None,
     attention: Attention,
+    quantize: FewerBits | None = None,
     batch_size: int = 1,
     keep: bool = False,
 ) -> "EveEngine":
@@ -101,12 +106,13 @@ def open_engine(
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype.value),
             attn_implementation=attention.value,
+            quantize=None if quantize is None else quantize.value,
             batch_size=batch_size,
         )
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
-            f"{model} cannot be loaded so ({first_line(error)}); choose another --device, --dtype "
-            "or --attention."
+            f"{model} cannot be loaded so ({first_line(error)}); choose another --device, --dtype, "
+            "--attention or --quantize."
         ) from None
     if keep:
         engine.kept = PrefixStore(engine.max_length)
@@ -131,6 +137,7 @@ __all__ = [
     "MaxNewTokens",
     "ModelName",
     "NumberType",
+    "Quantize",
     "Seed",
     "Stop",
     "System",

@@ -25,6 +25,7 @@ from .answering import (
     MaxNewTokens,
     ModelName,
     NumberType,
+    Quantize,
     Seed,
     Stop,
     System,
@@ -100,6 +101,7 @@ def ask(
     device: Device = None,
     dtype: NumberType = None,
     attention: AttentionKind = Attention.sdpa,
+    quantize: Quantize = None,
 ) -> None:
     """Ask a question about pictures.
 
@@ -131,12 +133,18 @@ def ask(
         raise ValueError("--stream prints a single answer while it comes; leave it out here.")
     question.messages([source.name for source in sources[: 1 if many else None]])  # empty? marks?
     name = model or str(last_quickstart_model())
-    load = partial(open_engine, name, device=device, dtype=dtype, attention=attention)
+    load = partial(
+        open_engine, name, device=device, dtype=dtype, attention=attention, quantize=quantize
+    )
     asking = _Asking(
         question=question,
         load=partial(load, batch_size=batch_size),
         model=name,
-        how={"dtype": dtype and dtype.value, "attention": attention.value},
+        how={
+            "dtype": dtype and dtype.value,
+            "attention": attention.value,
+            "quantize": quantize and quantize.value,
+        },
         as_json=as_json,
     )
     raise typer.Exit(asking.about_each(sources, out) if many else asking.once(sources, stream))

@@ -26,6 +26,7 @@ from .answering import (
     MaxNewTokens,
     ModelName,
     NumberType,
+    Quantize,
     Seed,
     System,
     Temperature,
@@ -61,6 +62,7 @@ def chat(
     device: Device = None,
     dtype: NumberType = None,
     attention: AttentionKind = Attention.sdpa,
+    quantize: Quantize = None,
 ) -> None:
     """Talk with a model about pictures, in the terminal.
 
@@ -82,7 +84,9 @@ def chat(
         max_image_tokens=max_image_tokens,
     )
     name = model or str(last_quickstart_model())
-    engine = open_engine(name, device=device, dtype=dtype, attention=attention, keep=True)
+    engine = open_engine(
+        name, device=device, dtype=dtype, attention=attention, quantize=quantize, keep=True
+    )
     colours = colours_of(os.environ, terminal=pictures and sys.stdout.isatty())
     _Chat(Conversation(engine, system), sampling, colours).run(name)
 

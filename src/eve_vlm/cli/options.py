@@ -14,4 +14,11 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-__all__ = ["Dtype"]
+class FewerBits(StrEnum):
+    """Ways to hold decoder weights in fewer bits."""
+
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+__all__ = ["Dtype", "FewerBits"]

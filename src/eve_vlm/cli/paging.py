@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .answering import Attention, AttentionKind, Device, ModelName, NumberType, open_engine
+from .answering import (
+    Attention,
+    AttentionKind,
+    Device,
+    ModelName,
+    NumberType,
+    Quantize,
+    open_engine,
+)
 from .serving import Host, Port
 
 if TYPE_CHECKING:
@@ -38,6 +46,7 @@ def demo(
     device: Device = None,
     dtype: NumberType = None,
     attention: AttentionKind = Attention.sdpa,
+    quantize: Quantize = None,
 ) -> None:
     """Chat with a model on a page, and see where it looked.
 
@@ -57,7 +66,13 @@ def demo(
     name = model or str(last_quickstart_model())
     with bound(host, port) as sock:  # before minutes of loading
         engine = open_engine(
-            name, device=device, dtype=dtype, attention=attention, batch_size=batch_size, keep=True
+            name,
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            quantize=quantize,
+            batch_size=batch_size,
+            keep=True,
         )
         url = url_of(sock)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .answering import Attention, AttentionKind, Device, NumberType, open_engine
+from .answering import Attention, AttentionKind, Device, NumberType, Quantize, open_engine
 
 if TYPE_CHECKING:
     from eve_vlm.serve.http.app import Service
@@ -117,6 +117,7 @@ def serve(
     device: Device = None,
     dtype: NumberType = None,
     attention: AttentionKind = Attention.sdpa,
+    quantize: Quantize = None,
     batch_size: BatchSize = 32,
     keep_tokens: KeepTokens = 4096,
     grace: Grace = 30.0,
@@ -166,7 +167,12 @@ def serve(
     with bound(host, port) as sock:  # before minutes of loading
         require_key(sock, keys, without_key=without_key)
         engine = open_engine(
-            folder, device=device, dtype=dtype, attention=attention, batch_size=batch_size
+            folder,
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            quantize=quantize,
+            batch_size=batch_size,
         )
         engine.kept = PrefixStore(keep_tokens) if keep_tokens else None
         service = Service(engine, name=name or _name_of(folder), limits=limits)
