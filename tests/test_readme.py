@@ -72,6 +72,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
         env={**os.environ, "PATH": path, "HF_HUB_CACHE": str(folder / "hub")},
         capture_output=True,
         text=True,
+        timeout=600,  # seconds; what waits for ever, such as a server, belongs into a text block
     )
 
 
