@@ -1,6 +1,7 @@
 """How fast a model answers, in how much memory, and how far smaller weights move its answers.
 
-    python benchmarks/measure_answers.py MODEL --variants plain int8 nf4
+    python benchmarks/measure_answers.py MODEL --variants plain int8 nf4 static
+    python benchmarks/measure_answers.py --shape smollm2   # random weights of that shape
 
 Every variant runs in a process of its own, so that its peak of memory is its own.  It answers the
 same questions about pictures of mixed sizes one at a time, then 8 and 32 together, with as many
@@ -8,14 +9,18 @@ tokens each.  The answers and log-probabilities of `plain` are the yardstick of 
 is printed, then one line of JSON.
 
 Easy to get wrong: speeds of two runs on a shared machine do not compare; the rate of a matrix
-product, measured in each process before and after, stands beside them.
+product, measured in each process before and after, stands beside them.  And weights of a float32
+folder stay mapped to their file, which makes `plain` look small: measure a bfloat16 folder, as
+published models are.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -27,6 +32,46 @@ from eve_vlm.serve.engine import EveEngine, user_message
 SIZES = ((640, 480), (480, 640), (600, 600), (900, 300), (200, 150), (300, 800))
 QUESTIONS = ("What is this?", "Describe the picture in one sentence.", "Which colours are there?")
 SIDE = 1024  # of the matrices whose product is timed
+# Without these glibc keeps freed memory, and the peak is that of everything ever needed.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# Variant: what it is loaded with.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "int8": {"quantize": "int8"},
+    "nf4": {"quantize": "nf4"},
+    "static": {"static_cache": True},
+    "compiled": {"static_cache": True},  # and told to compile, which takes most of a minute a shape
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+}
+
+
+def save(shape: str, folder: str) -> None:
+    """A folder with random weights of a shape, in bfloat16."""
+    from eve_vlm import EveConfig, EveForConditionalGeneration, EveImageProcessor, EveProcessor
+    from eve_vlm.data.tokenizer import train_tokenizer
+
+    torch.manual_seed(0)
+    words = train_tokenizer(QUESTIONS * 4, vocab_size=300)
+    place = words.convert_tokens_to_ids("<image>")
+    config = EveConfig(text_config=SHAPES[shape], image_token_id=place)
+    EveForConditionalGeneration._from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    pictures = EveImageProcessor(size={"longest_edge": 672})
+    EveProcessor(pictures, words, chat_template=words.chat_template).save_pretrained(folder)
 
 
 def questions(count: int) -> list[list[dict]]:
@@ -63,15 +108,30 @@ def likelihood(engine: EveEngine, messages: list[dict], answer: list[int]) -> li
     return rows.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
 
 
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Of weights and scales; those that are shared count once."""
+    seen = {}
+    for weight in model.state_dict().values():
+        names = [] if type(weight) is torch.Tensor else weight.__tensor_flatten__()[0]
+        for part in [getattr(weight, name) for name in names] or [weight]:
+            seen[part.data_ptr()] = part.nbytes
+    return sum(seen.values())
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One variant, in this process."""
-    kind = None if args.variant == "plain" else args.variant
-    engine = EveEngine.from_pretrained(args.model, device="cpu", quantize=kind)
+    engine = EveEngine.from_pretrained(args.model, device="cpu", **VARIANTS[args.variant])
+    if args.variant == "compiled":
+        from transformers import CompileConfig
+
+        engine.model.generation_config.compile_config = told = CompileConfig(mode="default")
+        told._compile_all_devices = True  # the library's own way to try it on a CPU
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     engine.model.generation_config.eos_token_id = None
     engine.ends = lambda: []  # type: ignore[method-assign]  # all answers are equally long
     asked, before = questions(args.questions), matrix_rate()
     engine.answer(asked[:2], max_new_tokens=2)
+    first = min(engine.answer(asked[:1], max_new_tokens=1)[0].seconds_to_first for _ in range(3))
     speeds, tokens = {}, []
     for size in (1, 8, 32):
         some = asked[: args.alone] if size == 1 else asked
@@ -80,8 +140,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         speeds[str(size)] = len(some) * args.tokens / seconds
         tokens.append([answer.token_ids for answer in answers])
-        if size == 1:
-            first = sorted(answer.seconds_to_first for answer in answers[:1])[0]
     few = asked[: args.alone]
     return {
         "variant": args.variant,
@@ -95,7 +153,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ],
         "loaded_mb": loaded / 1024,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "weights_mb": sum(one.nbytes for one in engine.model.state_dict().values()) / 2**20,
+        "weights_mb": weight_bytes(engine.model) / 2**20,
         "gflops": (before + matrix_rate()) / 2,
     }
 
@@ -123,8 +181,11 @@ def drift(plain: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     """Runs all variants and prints what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--variants", nargs="+", default=["plain", "int8", "nf4"])
+    parser.add_argument("model", nargs="?", help="a model folder")
+    parser.add_argument("--shape", choices=SHAPES, help="instead of a folder: random weights")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=["plain", "int8", "nf4", "static"]
+    )
     parser.add_argument("--questions", type=int, default=32, help="questions in all")
     parser.add_argument("--alone", type=int, default=8, help="of them asked one at a time")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
@@ -134,20 +195,33 @@ def main() -> None:
     if args.variant:
         print(json.dumps(measure(args)))
         return
+    if bool(args.model) == bool(args.shape):
+        parser.error("give a model folder or --shape")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape:
+            save(args.shape, folder)
+        compare(args, args.model or folder)
+
+
+def compare(args: argparse.Namespace, model: str) -> None:
+    """Each variant in a process of its own."""
     found: list[dict[str, Any]] = []
     for variant in args.variants:
-        command = [sys.executable, __file__, args.model, "--variant", variant]
+        command = [sys.executable, __file__, model, "--variant", variant]
         for name in ("questions", "alone", "tokens"):
             command += [f"--{name}", str(vars(args)[name])]
         if found:
             command += ["--yardstick", json.dumps(found[0]["tokens"])]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ENVIRONMENT
+        )
         found.append(json.loads(done.stdout.splitlines()[-1]))
         row = found[-1] | {"drift": drift(found[0], found[-1])}
         speeds = "  ".join(f"{size}: {one:6.1f}" for size, one in row["tokens_per_second"].items())
         print(
-            f"{variant:6} tokens/s at {speeds}  first token {row['first_token']:.2f} s  "
-            f"weights {row['weights_mb']:.0f} MB  peak {row['peak_mb']:.0f} MB  "
+            f"{variant:8} tokens/s at {speeds}  first token {row['first_token']:.2f} s  "
+            f"weights {row['weights_mb']:.0f} MB  loaded {row['loaded_mb']:.0f} MB  "
+            f"peak {row['peak_mb']:.0f} MB  "
             f"batch == single {row['batch_is_single']}  equal beginning "
             f"{row['drift']['equal_beginning']:.2f}  log-probability off by "
             f"{row['drift']['logprob_mean']:.3f}, at most {row['drift']['logprob_most']:.2f}  "

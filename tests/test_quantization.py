@@ -13,9 +13,11 @@ import torch
 import published
 import tiny
 from conversations import random_question
-from eve_vlm import load
+from eve_vlm import EveForConditionalGeneration, EveVisionConfig, load
+from eve_vlm.decoders.initialize import initialize
 from eve_vlm.quantization import FULL_PRECISION, KINDS, is_quantized, quantization_config
 from eve_vlm.serve.engine import EveEngine
+from small_decoders import decoder_folder
 
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 
@@ -96,6 +98,40 @@ def test_published_checkpoints(tmp_path, kind):
     assert any(is_quantized(weight) for weight in model.model.language_model.parameters())
     for name, weight in model.model.vision_tower.named_parameters():
         assert torch.equal(weight, plain.model.vision_tower.get_parameter(name))
+
+
+def test_saved_and_loaded_again(wide, kind, tmp_path, monkeypatch):
+    """The folder says what it holds: the same answers, smaller files, no second quantization."""
+    small = EveEngine.from_pretrained(wide, device="cpu", quantize=kind)
+    small.model.save_pretrained(tmp_path)
+    small.processor.save_pretrained(tmp_path)
+    again = EveEngine.from_pretrained(tmp_path, device="cpu")
+    rng = random.Random(2)
+    asked = [random_question(rng, turns=1) for _ in range(6)]
+    assert again.generate(asked, max_new_tokens=4) == small.generate(asked, max_new_tokens=4)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path, wide)]
+    assert sizes[0] < 0.7 * sizes[1]
+    assert "quantized weights already" in tiny.refused(
+        lambda: load(tmp_path, device="cpu", quantize=kind), end="."
+    )
+    monkeypatch.setattr(EveForConditionalGeneration, "from_pretrained", missing_package)
+    assert 'pip install "eve-vlm[quantize]"' in tiny.refused(
+        lambda: load(tmp_path, device="cpu"), end="."
+    )
+
+
+def missing_package(*arguments, **settings):
+    raise ImportError("No module named 'somewhere'")
+
+
+def test_matrices_that_are_passed_over_are_named(tmp_path):
+    """GPT-2's are of a layer class of its own, which torchao leaves as they are."""
+    pytest.importorskip("torchao", reason="needs the extra quantize")
+    decoder = decoder_folder(tmp_path / "decoder", "gpt2")
+    vision = EveVisionConfig(patch_size=4, merge_size=2, hidden_size=24, num_attention_heads=4)
+    initialize(decoder, tmp_path / "new", vision=vision, longest_edge=tiny.EDGE)
+    text = tiny.refused(lambda: load(tmp_path / "new", device="cpu", quantize="int8"), end=".")
+    assert "8 matrices of this gpt2 decoder (h.0.attn.c_attn.weight" in text
 
 
 def test_mistakes_are_one_sentence(wide, monkeypatch):

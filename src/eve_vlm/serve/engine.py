@@ -41,6 +41,8 @@ class EveEngine:
         batch_size: answers that are made together at most.
         keep_tokens: positions of earlier prompts and answers whose caches are kept, so that the
             next turn of a conversation reads only what is new; 0 keeps none.
+        static_cache: makes tokens over a cache of fixed size, for which the library compiles code
+            on a GPU; on a CPU it gains nothing.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class EveEngine:
         *,
         batch_size: int = 32,
         keep_tokens: int = 0,
+        static_cache: bool = False,
     ):
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
+        self.static_cache = static_cache
         self.kept = PrefixStore(keep_tokens) if keep_tokens else None
         # One thread at a time uses the model and the kept caches.
         self.lock = threading.RLock()
@@ -153,7 +157,7 @@ class EveEngine:
             disable=not progress or len(conversations) < WORTH_A_BAR * size,
         )
         with bar, self.lock:
-            batch = self._batch(size)
+            batch = self.batch(size)
             # Prompts are made a few batches at a time: pictures of all of them need not fit.
             for first in range(0, len(conversations), 4 * size):
                 chunk = [
@@ -194,7 +198,7 @@ class EveEngine:
     def _answer_alone(self, reply: Reply) -> None:
         """In a thread of its own; what goes wrong reaches the listener of the reply."""
         with self.lock:
-            batch = self._batch(1)
+            batch = self.batch(1)
             batch.add([reply])
             try:
                 batch.run()
@@ -235,8 +239,11 @@ class EveEngine:
             for index, listener in zip(range(n), listeners, strict=True)
         ]
 
-    def _batch(self, size: int) -> RunningBatch:
-        return RunningBatch(self.model, size=size, never=self.never(), kept=self.kept)
+    def batch(self, size: int) -> RunningBatch:
+        """A batch without rows that answers as this engine does."""
+        return RunningBatch(
+            self.model, size=size, never=self.never(), kept=self.kept, static=self.static_cache
+        )
 
     def encode(self, messages: Messages, sampling: Sampling | None = None) -> Prompt:
         """A conversation as the model takes it, checked to leave room for the answer.

@@ -34,10 +34,14 @@ from .cache_rows import GrowingCache, PrefixStore, add_rows, keep_rows
 from .messages import Prompt
 from .reply import Reply
 from .sampling import ChooseTokens
+from .static_rows import StaticRows
 
 # Positions, padding included, that are read in one go: more would hold up the rows that wait for
 # their next token, and need more memory at once.
 READ_AT_ONCE = 16_384
+# Prompts are read together whose lengths differ by a fifth at most: padding is computed as well, and
+# texts beside pictures would be padded to twenty times their length.
+ALIKE = 0.8
 
 
 @dataclass(slots=True)
@@ -56,6 +60,7 @@ class RunningBatch:
     Args:
         never: ids that no answer holds.
         kept: where caches of finished rows go, for the next turn.
+        static: legs run over caches of fixed size, for which the library compiles code on a GPU.
     """
 
     def __init__(
@@ -65,10 +70,12 @@ class RunningBatch:
         size: int,
         never: Sequence[int] = (),
         kept: PrefixStore | None = None,
+        static: bool = False,
     ):
         if size < 1:
             raise ValueError(f"batch_size is {size}; give at least 1.")
         self.model, self.size, self.never, self.kept = model, size, never, kept
+        self._static = StaticRows() if static else None
         self._waiting: deque[Reply] = deque()
         self._rows: Rows | None = None
         self._lock = threading.Lock()
@@ -174,7 +181,7 @@ class RunningBatch:
             self._rows.replies += rows.replies
 
     def _read(self, newcomers: list[Reply]) -> list[Rows]:
-        """Prompts with a known beginning one by one, all others together; each prompt once."""
+        """Prompts with a known beginning one by one, others with their like; each prompt once."""
         prompts = list(dict.fromkeys(reply.prompt for reply in newcomers))
         found = {
             prompt: cache
@@ -183,10 +190,10 @@ class RunningBatch:
         }
         fresh = [prompt for prompt in prompts if prompt not in found]
         groups = [([prompt], cache) for prompt, cache in found.items()]
-        groups += [(fresh, GrowingCache())] if fresh else []
+        groups += [(alike, GrowingCache()) for alike in _alike(fresh)]
         read = []
         for group, cache in groups:
-            replies = [reply for reply in newcomers if reply.prompt in group]
+            replies = [reply for one in group for reply in newcomers if reply.prompt is one]
             known = cache.get_seq_length()
             for reply in replies:
                 reply.cached_tokens = known
@@ -231,16 +238,20 @@ class RunningBatch:
     def _leg(self, rows: Rows) -> None:
         """Makes tokens for all rows until `is_over`."""
         choosers = [reply.chooser for reply in rows.replies]
+        remaining = max(reply.remaining for reply in rows.replies)
+        cache = rows.cache
+        if self._static is not None:
+            cache = self._static.lend(rows.cache, rows.input_ids.shape[1] + remaining)
         rows.input_ids = self.model.generate(
             input_ids=rows.input_ids,
             attention_mask=rows.attention_mask,
-            past_key_values=rows.cache,
-            generation_config=self.settings(
-                max_new_tokens=max(reply.remaining for reply in rows.replies)
-            ),
+            past_key_values=cache,
+            generation_config=self.settings(max_new_tokens=remaining),
             logits_processor=LogitsProcessorList([ChooseTokens(choosers, self.never)]),
             stopping_criteria=StoppingCriteriaList([_Listener(self, rows.replies)]),
         )
+        if self._static is not None:
+            self._static.take_back(rows.cache)
         made = rows.input_ids.shape[1] - rows.attention_mask.shape[1]
         seen = torch.ones_like(rows.attention_mask[:, :1]).expand(-1, made)
         rows.attention_mask = torch.cat([rows.attention_mask, seen], dim=1)
@@ -291,6 +302,17 @@ class RunningBatch:
             length = min(length, rows.cache.get_seq_length() - first)
             ids = rows.input_ids[index, first : first + length].cpu()
             self.kept.keep(reply.prompt, ids, rows.cache, index, first)
+
+
+def _alike(prompts: list[Prompt]) -> list[list[Prompt]]:
+    """Groups of similar length, the longest first."""
+    groups: list[list[Prompt]] = []
+    for prompt in sorted(prompts, key=len, reverse=True):
+        if groups and len(prompt) >= ALIKE * len(groups[-1][0]):
+            groups[-1].append(prompt)
+        else:
+            groups.append([prompt])
+    return groups
 
 
 def _widened(values: torch.Tensor, length: int) -> torch.Tensor:

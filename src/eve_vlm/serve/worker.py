@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from .engine import EveEngine
 from .messages import Messages
 from .reply import Piece, Reply
-from .running_batch import RunningBatch
 from .sampling import Sampling
 
 logger = logging.getLogger(__name__)
@@ -30,9 +29,7 @@ class Worker:
 
     def __init__(self, engine: EveEngine, *, size: int | None = None, queue_size: int = 256):
         self.engine, self.queue_size = engine, queue_size
-        self.batch = RunningBatch(
-            engine.model, size=size or engine.batch_size, never=engine.never(), kept=engine.kept
-        )
+        self.batch = engine.batch(size or engine.batch_size)
         self._work = threading.Event()
         self._closed = False
         self._pausing = threading.Lock()
