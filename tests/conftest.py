@@ -8,8 +8,14 @@ here at import, before any library that reads it.
 import atexit
 import os
 import shutil
+import signal
 import tempfile
+import threading
 
+if threading.current_thread() is threading.main_thread():
+    # A shell starts what runs in the background with Ctrl-C ignored, and our children inherit that;
+    # tests that press it would wait for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for the network fails instead of waiting
 os.environ.pop("EVE_DEBUG", None)
 if "PYTEST_XDIST_WORKER" not in os.environ:

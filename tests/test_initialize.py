@@ -362,17 +362,19 @@ def test_a_recipe_makes_the_same_choice(tmp_path, llama):
     ]
 
 
-def test_an_answer_ends_at_every_end(tmp_path, llama, monkeypatch):
+def test_an_answer_ends_at_every_end(tmp_path, llama):
     """The generation configuration has ends that the tokenizer does not name."""
     begin(llama, tmp_path / "new")
     engine = EveEngine.from_pretrained(tmp_path / "new")
-    seen = {}
-    generate = engine.model.generate
-    monkeypatch.setattr(engine.model, "generate", lambda **k: seen.update(k) or generate(**k))
-    engine.model.generation_config.eos_token_id = [2, 9]
-    engine.ask("What is this?", max_new_tokens=1)
-    assert seen["eos_token_id"] == [2, 9, engine.processor.tokenizer.eos_token_id]
-    assert seen["suppress_tokens"] == [engine.processor.image_token_id]
+    asked = [user_message("What is this?", [])]
+    [plain] = engine.answer(asked, max_new_tokens=6)
+    end = plain.token_ids[-1]
+    engine.model.generation_config.eos_token_id = [2, end]
+    assert engine.ends() == [2, end, engine.processor.tokenizer.eos_token_id]
+    assert engine.never() == [engine.processor.image_token_id]
+    [ended] = engine.answer(asked, max_new_tokens=6)
+    assert ended.finish_reason == "stop"
+    assert ended.token_ids == plain.token_ids[: plain.token_ids.index(end) + 1]
 
 
 def test_settings_of_sampling_that_are_not_used_are_mended(tmp_path, llama):

@@ -266,6 +266,8 @@ def load_model(
                 **changes,
             )
     except ImportError as error:
+        if "quantization_config" not in load_config(folder).to_dict():
+            raise  # an attention kernel, say, that the caller asked for
         raise ValueError(
             f"{folder} holds quantized weights, whose package is not installed "
             f'({first_line(error)}); run: pip install "eve-vlm[quantize]".'

@@ -39,8 +39,8 @@ from .static_rows import StaticRows
 # Positions, padding included, that are read in one go: more would hold up the rows that wait for
 # their next token, and need more memory at once.
 READ_AT_ONCE = 16_384
-# Prompts are read together whose lengths differ by a fifth at most: padding is computed as well, and
-# texts beside pictures would be padded to twenty times their length.
+# Prompts are read together whose lengths differ by a fifth at most, as padding is computed too:
+# 32 mixed prompts of a 135M model took 38 s instead of 65 s.
 ALIKE = 0.8
 
 
