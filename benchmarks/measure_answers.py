@@ -15,13 +15,14 @@ published models are.
 """
 
 import argparse
+import gc
 import json
-import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +33,6 @@ from eve_vlm.serve.engine import EveEngine, user_message
 SIZES = ((640, 480), (480, 640), (600, 600), (900, 300), (200, 150), (300, 800))
 QUESTIONS = ("What is this?", "Describe the picture in one sentence.", "Which colours are there?")
 SIDE = 1024  # of the matrices whose product is timed
-# Without these glibc keeps freed memory, and the peak is that of everything ever needed.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 # Variant: what it is loaded with.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -42,21 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "static": {"static_cache": True},
     "compiled": {"static_cache": True},  # and told to compile, which takes most of a minute a shape
 }
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+# Width, its layers' inner width, layers, heads, key-value heads, vocabulary.
+SHAPES = {
+    "smollm2": (576, 1536, 30, 9, 3, 49152),  # 135 M parameters
+    "1b": (2048, 8192, 16, 32, 8, 32000),  # as Llama 3.2 1B with fewer words
 }
 
 
@@ -68,7 +56,22 @@ def save(shape: str, folder: str) -> None:
     torch.manual_seed(0)
     words = train_tokenizer(QUESTIONS * 4, vocab_size=300)
     place = words.convert_tokens_to_ids("<image>")
-    config = EveConfig(text_config=SHAPES[shape], image_token_id=place)
+    width, inner, layers, heads, pairs, vocabulary = SHAPES[shape]
+    text = {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": pairs,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = EveConfig(text_config=text, image_token_id=place)
     EveForConditionalGeneration._from_config(config).to(torch.bfloat16).save_pretrained(folder)
     pictures = EveImageProcessor(size={"longest_edge": 672})
     EveProcessor(pictures, words, chat_template=words.chat_template).save_pretrained(folder)
@@ -89,6 +92,11 @@ def matrix_rate() -> float:
     one = torch.randn(SIDE, SIDE)
     best = min(timed(lambda: one @ one) for _ in range(5))
     return 2 * SIDE**3 / best / 1e9
+
+
+def peak_mb() -> float:
+    """Of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def timed(work: Any) -> float:
@@ -126,7 +134,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
         engine.model.generation_config.compile_config = told = CompileConfig(mode="default")
         told._compile_all_devices = True  # the library's own way to try it on a CPU
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loading = peak_mb()
+    gc.collect()
+    held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
     engine.model.generation_config.eos_token_id = None
     engine.ends = lambda: []  # type: ignore[method-assign]  # all answers are equally long
     asked, before = questions(args.questions), matrix_rate()
@@ -151,8 +161,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             likelihood(engine, one, ids)
             for one, ids in zip(few, args.yardstick or tokens[0], strict=True)
         ],
-        "loaded_mb": loaded / 1024,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "loading_mb": loading,
+        "held_mb": held,
+        "peak_mb": peak_mb(),
         "weights_mb": weight_bytes(engine.model) / 2**20,
         "gflops": (before + matrix_rate()) / 2,
     }
@@ -212,15 +223,13 @@ def compare(args: argparse.Namespace, model: str) -> None:
             command += [f"--{name}", str(vars(args)[name])]
         if found:
             command += ["--yardstick", json.dumps(found[0]["tokens"])]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ENVIRONMENT
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
         row = found[-1] | {"drift": drift(found[0], found[-1])}
         speeds = "  ".join(f"{size}: {one:6.1f}" for size, one in row["tokens_per_second"].items())
         print(
             f"{variant:8} tokens/s at {speeds}  first token {row['first_token']:.2f} s  "
-            f"weights {row['weights_mb']:.0f} MB  loaded {row['loaded_mb']:.0f} MB  "
+            f"weights {row['weights_mb']:.0f} MB  held {row['held_mb']:.0f} MB  "
             f"peak {row['peak_mb']:.0f} MB  "
             f"batch == single {row['batch_is_single']}  equal beginning "
             f"{row['drift']['equal_beginning']:.2f}  log-probability off by "
