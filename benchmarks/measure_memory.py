@@ -255,7 +255,7 @@ def train(case: Case, folder: str) -> None:
     from eve_vlm import EveForConditionalGeneration, EveForPreTraining
     from eve_vlm.data.collator import EveCollator
     from eve_vlm.train.parameters import select_trainable
-    from eve_vlm.train.recipe import StageSection
+    from eve_vlm.train.sections import StageSection
     from eve_vlm.train.trainer import EveTrainer
 
     torch.manual_seed(0)

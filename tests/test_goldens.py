@@ -42,7 +42,7 @@ from eve_vlm.data.encode import Encoder
 from eve_vlm.image_processing_eve import to_rgb
 from eve_vlm.published_eve import rename_weight
 from eve_vlm.train.parameters import optimizer_groups, select_trainable
-from eve_vlm.train.recipe import StageSection
+from eve_vlm.train.sections import StageSection
 from eve_vlm.train.teacher import FrozenTeacher
 from oracle import sequence
 

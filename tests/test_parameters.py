@@ -23,7 +23,8 @@ from eve_vlm.train.parameters import (
     parameter_table,
     select_trainable,
 )
-from eve_vlm.train.recipe import StageSection, load_recipe, recipes_folder
+from eve_vlm.train.recipe import load_recipe, recipes_folder
+from eve_vlm.train.sections import StageSection
 
 
 def goldens_folder() -> Path:

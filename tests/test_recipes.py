@@ -15,9 +15,6 @@ from transformers import TrainingArguments
 from eve_vlm.train import recipe as recipe_module
 from eve_vlm.train.recipe import (
     OWNED,
-    ModelSection,
-    Recipe,
-    StageSection,
     field_help,
     find_recipe,
     load_recipe,
@@ -25,6 +22,7 @@ from eve_vlm.train.recipe import (
     resolved_yaml,
     training_arguments_dict,
 )
+from eve_vlm.train.sections import ModelSection, Recipe, StageSection
 
 SHIPPED = sorted(recipes_folder().rglob("*.yaml"))
 TINY = Path(__file__).with_name("fixtures") / "recipe.yaml"  # like a shipped one, but not tuned
@@ -87,7 +85,7 @@ def test_shipped_recipes_are_complete_and_explained(file):
 def test_training_arguments_can_be_built(file, tmp_path):
     arguments = training_arguments_dict(load_recipe(file, [f"output_dir={tmp_path}"]))
     for name in ("bf16", "tf32", "deepspeed"):  # these ask for a GPU or a package at once
-        arguments.pop(name)
+        arguments.pop(name, None)
     built = TrainingArguments(**arguments)
     assert built.output_dir == str(tmp_path)
     assert built.remove_unused_columns is False
@@ -104,7 +102,8 @@ def test_published_settings(name):
     assert set(recipe.stage.learning_rates.values()) == {rate}
     assert (training["warmup_steps"], training["num_train_epochs"]) == (warmup, 1)
     assert (training["bf16"], training["tf32"], recipe.stage.weight_decay) == (True, True, 0)
-    assert training["deepspeed"]["zero_optimization"]["stage"] == 3
+    assert recipe.devices.strategy == "zero3"
+    assert training_arguments_dict(recipe)["deepspeed"]["zero_optimization"]["stage"] == 3
     assert (recipe.model.image.longest_edge, recipe.data.format) == (edge, template)
     assert recipe.model.image.size_multiple == edge // 24
     assert recipe.stage.alignment.teacher == "openai/clip-vit-large-patch14-336"
@@ -130,7 +129,10 @@ UNKNOWN = [
     ),
     (
         lambda d: d["data"]["sources"][0].update(xyz=1),
-        ["data.sources.0.xyz", "keys here are image_folder, kind, options, path, weight"],
+        [
+            "data.sources.0.xyz",
+            "keys here are columns, image_folder, kind, name, options, path, repeat",
+        ],
     ),
     (lambda d: d["training"].update(logging_step=1), ["TrainingArguments", "'logging_steps'"]),
     (lambda d: d["training"].update(warmup_ratio=0.1), ["warmup_ratio", "warmup_steps: 0.03"]),
@@ -232,6 +234,7 @@ VALUES = [
     ("data.sources=[]", "data.sources is an empty list"),
     ("data.sources.0.kind=llava", "data.sources.0.path is missing"),
     ("data.sources.0.weight=0", "data.sources.0.weight must be above 0"),
+    ("data.sources.0.repeat=0", "data.sources.0.repeat must be above 0"),
     ("data.max_length=0", "data.max_length must be above 0"),
     ("model.image.longest_edge=100", "is 100, not a multiple of size_multiple (28); 84 or 112"),
     ("model.image.size_multiple=21", "is 21, not a multiple of one token (28); 28 would do"),

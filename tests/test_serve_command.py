@@ -20,7 +20,8 @@ import typer
 from typer.testing import CliRunner
 
 import tiny
-from eve_vlm.cli import serving
+from eve_vlm.cli import answering, serving
+from eve_vlm.serve.http import running as http_running
 from serving import KEY, chat
 
 import httpx  # isort: skip  # behind serving, which skips all where it is lacking
@@ -151,13 +152,17 @@ def test_everybody_needs_a_key(refused, host):
 
 
 def test_a_missing_package_is_named(refused, monkeypatch):
-    monkeypatch.setattr(serving, "NEEDED", ("fastapi", "no_such_package"))
+    monkeypatch.setattr(http_running, "NEEDED", ("fastapi", "no_such_package"))
     assert "no_such_package, which is not installed; run: pip install 'eve-vlm[serve]'" in refused()
 
 
 def test_a_hub_id_is_a_name_and_a_folder_lends_its_own(tmp_path):
-    assert serving._name_of("BAAI/EVE-7B-v1.0") == "BAAI/EVE-7B-v1.0"
-    assert serving._name_of(f"{tmp_path}/") == serving._name_of(f"{tmp_path}/.") == tmp_path.name
+    assert answering.public_name("BAAI/EVE-7B-v1.0") == "BAAI/EVE-7B-v1.0"
+    assert (
+        answering.public_name(f"{tmp_path}/")
+        == answering.public_name(f"{tmp_path}/.")
+        == tmp_path.name
+    )
 
 
 # --- many clients for a while ---------------------------------------------------------------------

@@ -18,7 +18,7 @@ from eve_vlm.data.collator import EveCollator
 from eve_vlm.data.encode import BadRecord, Encoder
 from eve_vlm.data.sources import EncodedDataset, LlavaSource
 from eve_vlm.train.parameters import select_trainable
-from eve_vlm.train.recipe import AlignmentSection, StageSection
+from eve_vlm.train.sections import AlignmentSection, StageSection
 from eve_vlm.train.teacher import FrozenTeacher
 from eve_vlm.train.trainer import EveTrainer, StageProgress
 

@@ -28,7 +28,8 @@ from eve_vlm import (
 )
 from eve_vlm.data.tokenizer import train_tokenizer
 from eve_vlm.loading import load_model
-from eve_vlm.train.recipe import Recipe, load_recipe
+from eve_vlm.train.recipe import load_recipe
+from eve_vlm.train.sections import Recipe
 
 PATCH, MERGE, MULTIPLE, EDGE = 4, 2, 8, 32  # pixels; a picture is at most 4 x 4 cells, 21 tokens
 VISION_WIDTH, WIDTH, LAYERS = 24, 32, 3

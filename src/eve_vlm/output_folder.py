@@ -1,6 +1,6 @@
-"""A folder that appears whole or not at all, and only where there is room for it.
+"""A folder or file that appears whole or not at all, and only where there is room for it.
 
-What is written goes into a folder beside the wanted one and takes its name at the end, so a stop
+What is written goes into one beside the wanted one and takes its name at the end, so a stop
 half-way leaves nothing that looks like a model.  Easy to get wrong: the folder beside must be on
 the same disk, or the last step is a copy that can fail half-way too.
 """
@@ -74,6 +74,17 @@ def new_folder(folder: str | Path, *, needed: int = 0) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """A name beside `file` to write to; it becomes `file` at the end, and vanishes on any error."""
+    part = file.with_name(f".{file.name}.part-{os.getpid()}")
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _open_to_readers(folder: Path) -> None:
     """Gives files the usual mode: safetensors writes 0600, which others cannot read."""
     mask = os.umask(0)
@@ -83,4 +94,4 @@ def _open_to_readers(folder: Path) -> None:
             file.chmod(0o666 & ~mask)
 
 
-__all__ = ["new_folder", "require_new", "require_room"]
+__all__ = ["new_folder", "require_new", "require_room", "written_whole"]

@@ -25,8 +25,9 @@ from eve_vlm.data.scenes import SceneDataset
 from eve_vlm.image_processing_eve import num_image_tokens
 from eve_vlm.report import write_report
 from eve_vlm.serve.engine import EveEngine
-from eve_vlm.train.recipe import Recipe, load_recipe
+from eve_vlm.train.recipe import load_recipe
 from eve_vlm.train.run import RunResult, finished_run, train
+from eve_vlm.train.sections import Recipe
 
 STAGES = ("0_language", "1_prealign", "2_pretrain", "3_finetune")
 QUESTIONS_PER_FAMILY = 200  # a share of 0.5 is then known to +- 0.07

@@ -8,7 +8,8 @@ import io
 import re
 import sys
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,8 @@ from .options import Dtype, FewerBits
 
 if TYPE_CHECKING:
     from eve_vlm.serve.engine import EveEngine
+
+STOPPED = 130  # the exit code of a command that Ctrl-C ended
 
 
 class Attention(StrEnum):
@@ -81,15 +84,15 @@ def open_engine(
     *,
     device: str | None,
     dtype: Dtype | None,
-    attention: Attention,
+    attention: Attention | None = None,
     quantize: FewerBits | None = None,
-    batch_size: int = 1,
-    keep: bool = False,
+    **settings: Any,
 ) -> "EveEngine":
     """The model, loaded as the options say.
 
     Args:
-        keep: keeps the cache of a conversation as long as the model takes.
+        attention: None for a command without that option.
+        settings: of the engine.
 
     Raises:
         ValueError: if it cannot be loaded, or not in that way.
@@ -97,26 +100,30 @@ def open_engine(
     import torch
 
     from eve_vlm.errors import first_line
-    from eve_vlm.serve.engine import EveEngine, PrefixStore
+    from eve_vlm.serve.engine import EveEngine
 
     try:
         torch.empty(0, device=device)  # before weights are read for minutes
-        engine = EveEngine.from_pretrained(
+        return EveEngine.from_pretrained(
             model,
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype.value),
-            attn_implementation=attention.value,
+            attn_implementation=(attention or Attention.sdpa).value,
             quantize=None if quantize is None else quantize.value,
-            batch_size=batch_size,
+            **settings,
         )
     except (RuntimeError, AssertionError, ImportError) as error:
+        others = ", --attention or --quantize" if attention else ""
         raise ValueError(
-            f"{model} cannot be loaded so ({first_line(error)}); choose another --device, --dtype, "
-            "--attention or --quantize."
+            f"{model} cannot be loaded so ({first_line(error)}); choose another --device"
+            f"{', --dtype' if attention else ' or --dtype'}{others}."
         ) from None
-    if keep:
-        engine.kept = PrefixStore(engine.max_length)
-    return engine
+
+
+def public_name(model: str) -> str:
+    """A Hub id as it is; of a folder only its name, because the place is nobody's business."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.exists() else model
 
 
 def show(text: str, *, end: str = "\n", err: bool = False) -> None:
@@ -130,6 +137,7 @@ def show(text: str, *, end: str = "\n", err: bool = False) -> None:
 
 
 __all__ = [
+    "STOPPED",
     "Attention",
     "AttentionKind",
     "Device",
@@ -145,5 +153,6 @@ __all__ = [
     "TopK",
     "TopP",
     "open_engine",
+    "public_name",
     "show",
 ]

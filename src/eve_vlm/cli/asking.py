@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .answering import (
+    STOPPED,
     Attention,
     AttentionKind,
     Device,
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from eve_vlm.serve.asking.picture_answers import PictureAnswers, Question
     from eve_vlm.serve.asking.picture_sources import PictureSource
     from eve_vlm.serve.engine import EveEngine
-
-STOPPED = 130  # the exit code of a command that Ctrl-C ended
 
 Words = Annotated[
     list[str] | None,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from .answering import (
+    STOPPED,
     Attention,
     AttentionKind,
     Device,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from eve_vlm.serve.sampling import Sampling
 
 PROMPT = "> "
-STOPPED = 130  # the exit code of a command that Ctrl-C ended
 WHOLE_NUMBERS = ("max_new_tokens", "top_k", "seed", "max_image_tokens")
 
 
@@ -85,7 +85,13 @@ def chat(
     )
     name = model or str(last_quickstart_model())
     engine = open_engine(
-        name, device=device, dtype=dtype, attention=attention, quantize=quantize, keep=True
+        name,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        quantize=quantize,
+        batch_size=1,
+        keep_tokens=None,
     )
     colours = colours_of(os.environ, terminal=pictures and sys.stdout.isatty())
     _Chat(Conversation(engine, system), sampling, colours).run(name)
@@ -144,7 +150,7 @@ class _Chat:
 
     def complain(self, error: ValueError) -> None:
         """Says what was refused, and how to go on where a conversation has become too long."""
-        from eve_vlm.serve.asking.conversation import TooLongError
+        from eve_vlm.serve.engine import TooLongError
 
         show(f"eve: {error}", err=True)
         if isinstance(error, TooLongError):
@@ -239,15 +245,14 @@ class _Chat:
         answer = self.answer
         if answer is None:
             raise ValueError("There is no whole answer yet; ask something.")
-        made, after = len(answer.token_ids), answer.seconds - answer.seconds_to_first
-        rate = f"{(made - 1) / after:.1f}" if made > 1 and after > 0 else "-"
+        rate = answer.tokens_per_second
         for title, value in (
             ("prompt tokens", answer.prompt_tokens),
             ("  for pictures", answer.image_tokens),
             ("  reused from earlier turns", answer.cached_tokens),
-            ("answer tokens", made),
+            ("answer tokens", len(answer.token_ids)),
             ("seconds to the first", f"{answer.seconds_to_first:.2f}"),
-            ("tokens a second after it", rate),
+            ("tokens a second after it", "-" if rate is None else f"{rate:.1f}"),
         ):
             show(f"{title:<28} {value:>8}")
 

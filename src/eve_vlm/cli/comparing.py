@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Dtype
+from .answering import Device, NumberType, open_engine
 
 if TYPE_CHECKING:
     from eve_vlm.serve.engine import EveEngine
@@ -52,8 +52,8 @@ def parity(
     api_key: Annotated[
         str, typer.Option(envvar="EVE_API_KEY", help="Key of the servers of --url.")
     ] = "",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.")] = None,
+    device: Device = None,
+    dtype: NumberType = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -68,17 +68,12 @@ def parity(
 
     Exit code 0 when all answers are the same, 1 when some differ.
     """
-    import torch
-
     from eve_vlm.loading import find_model
-    from eve_vlm.serve.engine import EveEngine
     from eve_vlm.serve.parity import TOLERANCE
 
     named = dict(_named(one) for one in url or ())
     folder = find_model(model)
-    engine = EveEngine.from_pretrained(
-        folder, device=device, dtype=None if dtype is None else getattr(torch, dtype.value)
-    )
+    engine = open_engine(str(folder), device=device, dtype=dtype)
     if tolerance is None:
         tolerance = TOLERANCE[engine.model.dtype]
     servers = _servers(engine, folder, server=server, vllm=vllm, named=named)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from eve_vlm.memory.estimate import MemoryModel
     from eve_vlm.memory.formulas import Workload
     from eve_vlm.memory.machine import Device
-    from eve_vlm.train.recipe import Recipe
+    from eve_vlm.train.sections import Recipe
 
 # The published teacher; its sizes are no secret, so it need not be at hand.
 CLIP_LARGE_NAME = "openai/clip-vit-large-patch14-336"
@@ -383,9 +383,12 @@ def _sharding(recipe: "Recipe | None", asked: Asked) -> Any:
         return "fsdp"
     stage = asked.zero
     if stage is None and recipe is not None:
-        if recipe.training.get("fsdp"):
+        from eve_vlm.train.devices import strategy_arguments
+
+        spread = {**strategy_arguments(recipe.devices), **recipe.training}
+        if spread.get("fsdp"):
             return "fsdp"
-        deepspeed = recipe.training.get("deepspeed")
+        deepspeed = spread.get("deepspeed")
         if isinstance(deepspeed, dict):
             stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
     return f"zero{stage}" if stage else "none"

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .answering import MaxNewTokens, ModelName, show
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -33,10 +35,7 @@ def look(
         typer.Argument(metavar="PICTURE... QUESTION", help="Picture files, then the question."),
     ],
     out: Annotated[Path, typer.Option(help="Draw into this PNG file.")] = Path("map.png"),
-    model: Annotated[
-        str | None,
-        typer.Option(help="A model folder or Hub id; without it the last quickstart run is taken."),
-    ] = None,
+    model: ModelName = None,
     answer: Annotated[
         str | None, typer.Option(help="Explain this answer instead of the model's own.")
     ] = None,
@@ -59,7 +58,7 @@ def look(
     head: Annotated[
         list[int] | None, typer.Option(help="Average over these heads only. May be repeated.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     numbers: Annotated[
         Path | None,
         typer.Option(
@@ -103,7 +102,7 @@ def look(
     if numbers is not None:
         _write_numbers(maps, numbers, {"question": question, "pictures": files})
     save_map(drawn, out)
-    typer.echo("\n".join([maps.answer, "", *lines, "", f"{out} shows where each word looked."]))
+    show("\n".join([maps.answer, "", *lines, "", f"{out} shows where each word looked."]))
 
 
 def _check(files: list[str], question: str, out: Path, numbers: Path | None) -> None:
@@ -153,9 +152,10 @@ def _write_numbers(maps: "AttentionMaps", file: Path, about: dict[str, Any]) -> 
     """Everything that the drawing is made of, whole or not at all."""
     import numpy as np
 
-    from eve_vlm.inspection.grid_picture import written_whole
+    from eve_vlm.output_folder import written_whole
 
     pictures = range(len(maps.grids))
+    file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as part:
         if file.suffix.lower() == ".npz":
             names = np.full(maps.weights.shape[2], -1)  # tokens of no word, such as the end

@@ -22,6 +22,7 @@ from .answering import (
     NumberType,
     Quantize,
     open_engine,
+    public_name,
 )
 from .serving import Host, Port
 
@@ -72,12 +73,12 @@ def demo(
             attention=attention,
             quantize=quantize,
             batch_size=batch_size,
-            keep=True,
+            keep_tokens=None,
         )
         url = url_of(sock)
 
         def opened() -> None:
-            typer.echo(f"The page of {_short(name)} is at {url}; Ctrl-C ends it.")
+            typer.echo(f"The page of {public_name(name)} is at {url}; Ctrl-C ends it.")
             if not is_loopback(sock):
                 typer.echo("Everybody who reaches this machine may ask.", err=True)
             if browser:  # in a thread, because a browser for terminals would hold the page up
@@ -87,19 +88,13 @@ def demo(
             Worker(engine) as worker,
             page_app(
                 worker,
-                name=_short(name),
+                name=public_name(name),
                 examples=_examples(name),
                 hosts=allowed_hosts(sock),
             ) as app,
             suppress(KeyboardInterrupt),  # uvicorn repeats the signal when all is done
         ):
             make_server(app, on_start=opened).run(sockets=[sock])
-
-
-def _short(model: str) -> str:
-    """A Hub id as it is; of a folder only its name."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.exists() else model
 
 
 def _examples(model: str) -> "list[Example]":

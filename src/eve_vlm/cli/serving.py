@@ -8,18 +8,23 @@ for it.  Easy to get wrong: a key on the command line shows in the machine's lis
 import json
 import shlex
 from contextlib import suppress
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .answering import Attention, AttentionKind, Device, NumberType, Quantize, open_engine
+from .answering import (
+    Attention,
+    AttentionKind,
+    Device,
+    NumberType,
+    Quantize,
+    open_engine,
+    public_name,
+)
 
 if TYPE_CHECKING:
     from eve_vlm.serve.http.app import Service
 
-NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
 SAFETY, LIMITS = "Who may ask", "Limits, for each request unless they say otherwise"
 MIB = 2**20
 
@@ -144,7 +149,6 @@ def serve(
     """
     _require_packages()
     from eve_vlm.quickstart import last_quickstart_model
-    from eve_vlm.serve.cache_rows import PrefixStore
     from eve_vlm.serve.http.app import Service
     from eve_vlm.serve.http.limits import Limits
     from eve_vlm.serve.http.running import bound, make_server, require_key, url_of
@@ -173,9 +177,9 @@ def serve(
             attention=attention,
             quantize=quantize,
             batch_size=batch_size,
+            keep_tokens=keep_tokens,
         )
-        engine.kept = PrefixStore(keep_tokens) if keep_tokens else None
-        service = Service(engine, name=name or _name_of(folder), limits=limits)
+        service = Service(engine, name=name or public_name(folder), limits=limits)
         server = make_server(service, sock, keys=keys, hosts=allow_host or [], grace=grace)
         _announce(service, url_of(sock), with_key=bool(keys))
         with suppress(KeyboardInterrupt):  # uvicorn repeats the signal when all is done
@@ -183,8 +187,9 @@ def serve(
 
 
 def _require_packages() -> None:
-    lacking = [package for package in NEEDED if find_spec(package) is None]
-    if lacking:
+    from eve_vlm.serve.http.running import lacking_packages
+
+    if lacking := lacking_packages():
         raise ValueError(
             f"eve serve needs {', '.join(lacking)}, which is not installed; run: pip install "
             "'eve-vlm[serve]'."
@@ -214,12 +219,6 @@ def _announce(service: "Service", url: str, *, with_key: bool) -> None:
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         f"-d {shlex.quote(json.dumps(question))}"
     )
-
-
-def _name_of(model: str) -> str:
-    """A Hub id as it is; of a folder only its name, because the place is nobody's business."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.exists() else model
 
 
 __all__ = ["serve"]

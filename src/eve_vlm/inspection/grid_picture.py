@@ -8,9 +8,6 @@ Legend: `s` enlargement, a whole number; all other lengths are pixels of the dra
 """
 
 import inspect
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 from eve_vlm.image_processing_eve import EveGrid, EveImageProcessor, num_image_tokens
+from eve_vlm.output_folder import written_whole
 
 # The longer side of the picture in the drawing, in pixels: 1344 shows the HD model 1 : 1.
 LONGEST = 1344
@@ -111,21 +109,10 @@ def save_png(image: Image.Image, file: str | Path) -> Path:
         raise ValueError(
             f"{file} does not end in .png, and drawings are written as PNG; rename it."
         )
+    file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as part:
         image.save(part, format="PNG")
     return file
-
-
-@contextmanager
-def written_whole(file: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `file` at the end and vanishes on any error."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -231,5 +218,4 @@ __all__ = [
     "save_grid",
     "save_png",
     "token_index",
-    "written_whole",
 ]

@@ -30,7 +30,7 @@ from eve_vlm.pictures import open_picture
 from eve_vlm.published_eve import PRESETS, image_settings
 
 if TYPE_CHECKING:
-    from eve_vlm.train.recipe import Recipe
+    from eve_vlm.train.sections import Recipe
 
 Kind = Literal["model", "config", "recipe", "picture", "size"]
 

@@ -32,6 +32,14 @@ from .sampling import Sampling, TokenLogprob
 WORTH_A_BAR = 2  # rounds of a whole batch; below, nobody waits long enough for a progress bar
 
 
+class TooLongError(ValueError):
+    """A prompt and its answer are longer than the model takes."""
+
+    def __init__(self, message: str, prompt: Prompt):
+        super().__init__(message)
+        self.prompt = prompt
+
+
 class EveEngine:
     """A loaded model that answers.
 
@@ -40,7 +48,8 @@ class EveEngine:
         processor: its processor, with a chat template.
         batch_size: answers that are made together at most.
         keep_tokens: positions of earlier prompts and answers whose caches are kept, so that the
-            next turn of a conversation reads only what is new; 0 keeps none.
+            next turn of a conversation reads only what is new; 0 keeps none, None as many as the
+            model takes.
         static_cache: makes tokens over a cache of fixed size, for which the library compiles code
             on a GPU; on a CPU it gains nothing.
     """
@@ -51,12 +60,13 @@ class EveEngine:
         processor: EveProcessor,
         *,
         batch_size: int = 32,
-        keep_tokens: int = 0,
+        keep_tokens: int | None = 0,
         static_cache: bool = False,
     ):
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.static_cache = static_cache
-        self.kept = PrefixStore(keep_tokens) if keep_tokens else None
+        kept = self.max_length if keep_tokens is None else keep_tokens
+        self.kept = PrefixStore(kept) if kept else None
         # One thread at a time uses the model and the kept caches.
         self.lock = threading.RLock()
 
@@ -249,8 +259,8 @@ class EveEngine:
         """A conversation as the model takes it, checked to leave room for the answer.
 
         Raises:
-            ValueError: if a picture cannot be read, or prompt and answer are longer than the model
-                takes.
+            TooLongError: if prompt and answer are longer than the model takes.
+            ValueError: if a picture cannot be read.
         """
         sampling = sampling or Sampling(max_new_tokens=1)
         pictures = pictures_of(messages)
@@ -299,10 +309,11 @@ class EveEngine:
         if length + max_new_tokens <= limit:
             return
         room = limit - max_new_tokens - (length - prompt.image_tokens)
-        raise ValueError(
+        raise TooLongError(
             f"The prompt takes {length} tokens, {prompt.image_tokens} of them for pictures, and "
             f"the answer up to {max_new_tokens}, but the model takes {limit} in all; "
-            f"{self._fitting_size(pictures, room)}."
+            f"{self._fitting_size(pictures, room)}.",
+            prompt,
         )
 
     def _fitting_size(self, pictures: Sequence[Image.Image], room: int) -> str:
@@ -341,6 +352,7 @@ __all__ = [
     "Piece",
     "Sampling",
     "TokenLogprob",
+    "TooLongError",
     "picture_parts",
     "user_message",
 ]

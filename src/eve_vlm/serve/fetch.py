@@ -24,6 +24,8 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
+from PIL import Image
+
 MAX_BYTES = 20 * 2**20  # of a fetched or sent picture, unless told otherwise
 MAX_REDIRECTS = 5
 MAX_URL = 8192  # characters; signed URLs of cloud storage have up to about 2000
@@ -180,6 +182,13 @@ def picture_bytes_of_data_uri(uri: str, *, max_bytes: int = MAX_BYTES) -> bytes:
             f"A picture's data URI is not strict base64 ({error}); encode it without line breaks "
             "and with padding."
         ) from None
+
+
+def data_uri_of_picture(picture: Image.Image) -> str:
+    """A picture as PNG in a `data:` URI, without loss."""
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return f"data:image/png;base64,{binascii.b2a_base64(file.getvalue(), newline=False).decode()}"
 
 
 # --- where a URL leads ----------------------------------------------------------------------------
@@ -362,6 +371,7 @@ def _answer_of(sock: socket.socket, place: _Place, deadline: float, max_bytes: i
 __all__ = [
     "MAX_BYTES",
     "MAX_REDIRECTS",
+    "data_uri_of_picture",
     "fetch_picture_bytes",
     "is_public",
     "picture_bytes_of_data_uri",

@@ -5,6 +5,7 @@ budget for one request must not enlarge pictures that the model sees smaller any
 budget that the model was trained with; `pictures_within` keeps both.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -213,6 +214,16 @@ def pictures_within(pictures: EveImageProcessor, max_image_tokens: int | None) -
     return settings if own_least is None else settings | {"min_image_tokens": min(own_least, most)}
 
 
+def processor_within(
+    pictures: EveImageProcessor, max_image_tokens: int | None
+) -> EveImageProcessor:
+    """A copy of the image processor under the budget of one request."""
+    within = copy.copy(pictures)
+    for name, value in pictures_within(pictures, max_image_tokens).items():
+        setattr(within, name, value)
+    return within
+
+
 __all__ = [
     "Messages",
     "Prompt",
@@ -220,5 +231,6 @@ __all__ = [
     "picture_parts",
     "pictures_of",
     "pictures_within",
+    "processor_within",
     "user_message",
 ]

@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from .engine import EveEngine, user_message
+from .fetch import data_uri_of_picture
 from .messages import Messages, pictures_of
 from .reply import Answer
 
@@ -275,17 +276,12 @@ def asked_of_server(
 
 def _as_protocol(message: dict[str, Any]) -> dict[str, Any]:
     """A message in the OpenAI protocol, its pictures as PNG in data URIs: without loss."""
-    import base64
-    import io
 
     def part(one: dict[str, Any]) -> dict[str, Any]:
         if one["type"] != "image":
             return one
         [picture] = pictures_of([{"role": "user", "content": [one]}])
-        file = io.BytesIO()
-        picture.save(file, format="PNG")
-        data = base64.b64encode(file.getvalue()).decode()
-        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        return {"type": "image_url", "image_url": {"url": data_uri_of_picture(picture)}}
 
     content = message["content"]
     return message | {"content": content if isinstance(content, str) else list(map(part, content))}

@@ -18,6 +18,8 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from .engine import EveEngine
+from .http.app import Service
+from .http.running import bound, lacking_packages, make_server, url_of
 
 VLLM_SECONDS = 900  # to load and compile; a 7B model takes minutes
 
@@ -29,15 +31,11 @@ def own_server(engine: EveEngine) -> Iterator[str]:
     Raises:
         ValueError: if the packages of the extra `serve` are not there.
     """
-    for package in ("fastapi", "uvicorn", "openai"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"The server cannot be compared without the package {package}; run "
-                '`pip install "eve-vlm[serve]"`, or give --no-server.'
-            )
-    from .http.app import Service
-    from .http.running import bound, make_server, url_of
-
+    if lacking := lacking_packages():
+        raise ValueError(
+            f"The server cannot be compared without {', '.join(lacking)}; run "
+            '`pip install "eve-vlm[serve]"`, or give --no-server.'
+        )
     sock = bound("127.0.0.1", 0)
     server = make_server(Service(engine, name="eve"), sock, log_level="warning", grace=1)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

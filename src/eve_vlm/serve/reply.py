@@ -42,6 +42,12 @@ class Answer:
     seconds_to_first: float
     seconds: float
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed behind the first token; None for an answer too short to tell."""
+        made, after = len(self.token_ids), self.seconds - self.seconds_to_first
+        return (made - 1) / after if made > 1 and after > 0 else None
+
 
 @dataclass(kw_only=True, slots=True)
 class Piece:

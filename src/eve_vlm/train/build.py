@@ -22,7 +22,7 @@ from eve_vlm.image_processing_eve import EveImageProcessor
 from eve_vlm.loading import load_config, load_model, load_processor, require_model_folder
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.processing_eve import EveProcessor
-from eve_vlm.train.recipe import Recipe
+from eve_vlm.train.sections import Recipe
 from eve_vlm.train.teacher import FrozenTeacher
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def build_records(recipe: Recipe) -> Mixture:
         )
         for source in recipe.data.sources
     ]
-    return Mixture(sources, [source.weight for source in recipe.data.sources])
+    return Mixture(sources, [source.repeat for source in recipe.data.sources])
 
 
 def build_teacher(recipe: Recipe) -> FrozenTeacher | None:

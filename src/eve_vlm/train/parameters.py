@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from eve_vlm.train.recipe import StageSection
+from eve_vlm.train.sections import StageSection
 
 NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 

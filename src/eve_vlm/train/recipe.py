@@ -4,8 +4,8 @@ There is no inheritance between recipes: whoever reads the file sees the whole s
 files of a model lie side by side for comparison. The `training:` section goes to
 `transformers.TrainingArguments`; its names and types are checked against the installed version.
 
-Easy to get wrong: the string below each field is its help text, and the order of
-`stage.learning_rates` counts (the first glob that matches a parameter decides).
+The sections are in `sections.py`.  Easy to get wrong: an override on the command line is checked as
+strictly as the file, so `4e-4`, which YAML reads as a text, is refused in both.
 """
 
 import dataclasses
@@ -13,144 +13,16 @@ import inspect
 import re
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from transformers import TrainingArguments
 
+from eve_vlm.train.devices import strategy_arguments
+from eve_vlm.train.sections import Recipe, SourceSection, StageSection
 from eve_vlm.train.strict_yaml import Origin, apply_overrides, build, nearest, read_mapping, typed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VisionSection:
-    """The patch embedding layer."""
-
-    patch_size: int
-    """Side of a patch in pixels."""
-    merge_size: int
-    """Patches per side that are merged into one token."""
-    hidden_size: int
-    """Width of the patch embedding layer before the projector."""
-    num_attention_heads: int
-    """Heads of its two attentions."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageSection:
-    """How pictures are sized."""
-
-    longest_edge: int
-    """The longer side of every picture after resizing, in pixels."""
-    size_multiple: int
-    """Both sides become multiples of this many pixels."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSection:
-    """What the stage starts from: `init_from` or `decoder`; a new decoder with neither."""
-
-    init_from: str | None = None
-    """Folder that an earlier stage saved; weights, tokenizer and settings come from it."""
-    decoder: str | None = None
-    """A Hugging Face decoder, folder or name, that gets a new patch embedding layer."""
-    text_config: dict[str, Any] | None = None
-    """The decoder's settings; alone it is made from nothing, else the start must agree."""
-    tokenizer: str | None = None
-    """Folder or name of a tokenizer; null takes the one that comes with the start."""
-    vision: VisionSection
-    """The patch embedding layer."""
-    image: ImageSection
-    """How pictures are sized; may differ from the stage before (HD)."""
-    dtype: Literal["float32", "bfloat16"]
-    """Type of the weights in memory."""
-    attn_implementation: str = "sdpa"
-    """Attention of the decoder, as transformers names it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceSection:
-    """One source of records."""
-
-    kind: Literal["llava", "scenes"]
-    """`llava`: a JSON or JSON Lines file; `scenes`: pictures composed on the fly."""
-    path: str | None = None
-    """The file with the records; `scenes` needs none."""
-    image_folder: str | None = None
-    """Folder that picture names in the file start from; null means the folder of the file."""
-    weight: float = 1.0
-    """How often this source is drawn from, relative to the others."""
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Further settings of this kind of source."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSection:
-    """What the stage learns from."""
-
-    sources: list[SourceSection]
-    """Where records come from."""
-    format: Literal["plain", "chat"]
-    """`plain`: picture then caption, all of it learnt; `chat`: only the answers are learnt."""
-    max_length: int
-    """Longest sequence in tokens, counted after every picture took its place."""
-    max_bad_share: float = 0.01
-    """Training stops when more than this share of the records cannot be used."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AlignmentSection:
-    """The patch aligning layer and its teacher."""
-
-    teacher: str
-    """`efficientnet-lite0`, or a Hugging Face vision model, folder or name."""
-    layer: int = -2
-    """Hidden state of the teacher to align with; -2 is the last but one."""
-    tap_every: int = 4
-    """The aligner reads every so many-th layer of the decoder, counted from the last."""
-    weight: float = 1.0
-    """Factor of the alignment loss beside the language loss."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageSection:
-    """Which parameters learn, and how fast."""
-
-    name: Literal["language", "prealign", "pretrain", "finetune"]
-    """The stage."""
-    trainable: list[str]
-    """Globs of parameter names; everything else is frozen and every glob must match."""
-    learning_rates: dict[str, float]
-    """Glob to peak learning rate; the first that matches decides and none may be idle."""
-    weight_decay: float
-    """Decay of every trainable parameter but biases and norm weights."""
-    no_decay: list[str] = dataclasses.field(default_factory=list)
-    """Globs of further parameters without decay."""
-    alignment: AlignmentSection | None
-    """The patch aligning layer and its teacher; null trains on language alone."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """One training stage."""
-
-    name: str
-    """Name of the run in logs."""
-    output_dir: str
-    """Folder for checkpoints, logs and the final model."""
-    seed: int = 0
-    """Seed of the order of records, of new weights and of everything else."""
-    model: ModelSection
-    """What the stage starts from."""
-    data: DataSection
-    """What it learns from."""
-    stage: StageSection
-    """Which parameters learn, and how fast."""
-    training: dict[str, Any]
-    """Keys of transformers.TrainingArguments, save those that the recipe sets itself."""
-
 
 OWNED = {
     "output_dir": "output_dir at the top of the recipe",
@@ -252,6 +124,7 @@ def training_arguments_dict(recipe: Recipe) -> dict[str, Any]:
     arguments = {names.get(key, key): value for key, value in recipe.training.items()}
     return {
         "report_to": "none",
+        **strategy_arguments(recipe.devices),
         **arguments,
         "output_dir": recipe.output_dir,
         "run_name": recipe.name,
@@ -341,9 +214,18 @@ def _check_sources(sources: list[SourceSection], origin: Origin) -> None:
         origin.fail(("data", "sources"), "is an empty list; add at least one source")
     for index, source in enumerate(sources):
         key = ("data", "sources", str(index))
-        _positive((*key, "weight"), source.weight, origin)
-        if source.kind == "llava" and source.path is None:
-            origin.fail((*key, "path"), "is missing; kind llava needs a JSON or JSON Lines file")
+        _positive((*key, "repeat"), source.repeat, origin)
+        if source.weight is not None:
+            _positive((*key, "weight"), source.weight, origin)
+        if (source.weight is None) != (sources[0].weight is None):
+            problem = "is given for some sources only; give every source a weight, or none"
+            origin.fail((*key, "weight"), problem)
+        if source.weight is not None and source.repeat != 1:
+            origin.fail((*key, "repeat"), "stands beside weight; keep one of the two")
+        if source.kind != "scenes" and source.path is None:
+            origin.fail(
+                (*key, "path"), f"is missing; kind {source.kind} needs a file or a data set"
+            )
 
 
 def _check_stage(stage: StageSection, origin: Origin) -> None:

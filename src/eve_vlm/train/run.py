@@ -30,7 +30,8 @@ from eve_vlm.train.build import (
     teacher_width_or_usual,
 )
 from eve_vlm.train.parameters import parameter_table, select_trainable
-from eve_vlm.train.recipe import Recipe, resolved_yaml, training_arguments_dict
+from eve_vlm.train.recipe import resolved_yaml, training_arguments_dict
+from eve_vlm.train.sections import Recipe
 from eve_vlm.train.trainer import EveTrainer, StageProgress
 
 logger = logging.getLogger(__name__)

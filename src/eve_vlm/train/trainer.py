@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from eve_vlm.data.encode import IGNORED
 from eve_vlm.train.parameters import optimizer_groups
-from eve_vlm.train.recipe import StageSection
+from eve_vlm.train.sections import StageSection
 from eve_vlm.train.teacher import FrozenTeacher
 
 logger = logging.getLogger(__name__)

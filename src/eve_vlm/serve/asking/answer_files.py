@@ -7,13 +7,13 @@ is.
 """
 
 import json
-import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from eve_vlm.output_folder import written_whole
 from eve_vlm.serve.asking.picture_answers import PictureAnswers, Question
 
 START = b'{"id": '  # what every line of ours begins with
@@ -121,12 +121,11 @@ class AnswerFile:
                 dropped += 1
         finished = {id for id, count in counts.items() if count >= answers}
         if dropped or len(finished) < len(counts):
-            beside = self.path.with_name(f".{self.path.name}.part-{os.getpid()}")
-            with beside.open("wb") as file:
+            # What a link points to, and not the link.
+            with written_whole(self.path.resolve()) as part, part.open("wb") as file:
                 for line, record in self._lines():
                     if record is not None and not self._again(record, ids, finished):
                         file.write(line)
-            os.replace(beside, self.path.resolve())  # what a link points to
         return finished
 
     @staticmethod

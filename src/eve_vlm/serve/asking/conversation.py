@@ -5,8 +5,6 @@ when something was answered, so a question that was refused, or stopped before i
 leaves the conversation as it was and its pictures waiting.
 """
 
-import base64
-import io
 import json
 import os
 from collections.abc import Generator
@@ -18,17 +16,14 @@ from PIL import Image
 
 from eve_vlm.errors import first_line
 from eve_vlm.image_processing_eve import to_rgb
+from eve_vlm.output_folder import written_whole
 from eve_vlm.pictures import MAX_BYTES, read_picture
 from eve_vlm.serve.asking.picture_sources import find_pictures
-from eve_vlm.serve.engine import EveEngine
-from eve_vlm.serve.fetch import picture_bytes_of_data_uri
-from eve_vlm.serve.messages import Messages, encode, picture_parts, user_message
+from eve_vlm.serve.engine import EveEngine, TooLongError
+from eve_vlm.serve.fetch import data_uri_of_picture, picture_bytes_of_data_uri
+from eve_vlm.serve.messages import Messages, picture_parts, user_message
 from eve_vlm.serve.reply import Piece
 from eve_vlm.serve.sampling import Sampling
-
-
-class TooLongError(ValueError):
-    """The model does not take so long a conversation; it can be made shorter."""
 
 
 class Conversation:
@@ -83,9 +78,8 @@ class Conversation:
                         whole = True
                         self._append(question, said)
                     yield piece
-            except ValueError:
-                self._check_length(messages, Sampling(**settings))
-                raise
+            except TooLongError as error:
+                raise self._too_long(error, Sampling(**settings).max_new_tokens) from None
             finally:
                 if said and not whole:
                     self._append(question, said)
@@ -132,16 +126,13 @@ class Conversation:
             "waiting": [_stored_part(part) for part in self.waiting],
         }
         text = json.dumps(content, ensure_ascii=False, indent=1)
-        beside = path.with_name(f".{path.name}.part-{os.getpid()}")
         try:
-            beside.write_bytes(text.encode("utf-8", "backslashreplace"))
-            os.replace(beside, path)
+            with written_whole(path) as part:
+                part.write_bytes(text.encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise ValueError(
                 f"{path} cannot be written ({error.strerror}); name another file."
             ) from None
-        finally:
-            beside.unlink(missing_ok=True)
 
     def load(self, path: Path) -> None:
         """Goes on with a saved conversation instead of this one.
@@ -165,16 +156,16 @@ class Conversation:
         ]
         self.waiting = []
 
-    def _check_length(self, messages: Messages, sampling: Sampling) -> None:
-        """Says in terms of a conversation what the engine refused; nothing if it was not length."""
-        limit, answer = self.engine.max_length, sampling.max_new_tokens
-        prompt = encode(messages, self.engine.processor, max_image_tokens=sampling.max_image_tokens)
-        if len(prompt) + answer > limit:
-            raise TooLongError(
-                f"The conversation would take {len(prompt)} tokens, {prompt.image_tokens} of them "
-                f"for pictures, and the answer up to {answer}, but the model takes {limit} in all; "
-                "take something back, begin anew, or ask for a shorter answer or smaller pictures."
-            ) from None
+    def _too_long(self, error: TooLongError, answer: int) -> TooLongError:
+        """What the engine refused, in terms of a conversation."""
+        prompt = error.prompt
+        return TooLongError(
+            f"The conversation would take {len(prompt)} tokens, {prompt.image_tokens} of them for "
+            f"pictures, and the answer up to {answer}, but the model takes "
+            f"{self.engine.max_length} in all; take something back, begin anew, or ask for a "
+            "shorter answer or smaller pictures.",
+            prompt,
+        )
 
 
 def _words(message: dict[str, Any]) -> str:
@@ -199,10 +190,7 @@ def _stored_part(part: dict[str, Any]) -> dict[str, Any]:
     # A page of a PDF is the PDF's name, # and a number.
     if os.path.isfile(name) or os.path.isfile(name.rpartition("#")[0]):
         return {"type": "image", "image": os.path.abspath(name)}
-    file = io.BytesIO()
-    part["image"].save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    return {"type": "image", "image": f"data:image/png;base64,{data}", "name": name}
+    return {"type": "image", "image": data_uri_of_picture(part["image"]), "name": name}
 
 
 def _read(path: Path) -> tuple[Messages, list[dict[str, Any]]]:
@@ -265,4 +253,4 @@ def _opened(part: dict[str, Any], path: Path) -> tuple[str, Image.Image]:
     return found[0].name, found[0].open()
 
 
-__all__ = ["Conversation", "TooLongError"]
+__all__ = ["Conversation"]

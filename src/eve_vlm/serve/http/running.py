@@ -8,12 +8,19 @@ was said aloud that it does not.
 import ipaddress
 import socket
 from collections.abc import Collection
+from importlib.util import find_spec
 from typing import Any
 
 from .app import Service, make_app
 from .gate import LOOPBACK
 
+NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")  # of the extra `serve`
 KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that they close first
+
+
+def lacking_packages() -> list[str]:
+    """Packages of the extra `serve` that are not installed."""
+    return [package for package in NEEDED if find_spec(package) is None]
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -100,4 +107,4 @@ def make_server(
     return uvicorn.Server(config)
 
 
-__all__ = ["bound", "is_loopback", "make_server", "require_key", "url_of"]
+__all__ = ["bound", "is_loopback", "lacking_packages", "make_server", "require_key", "url_of"]

@@ -230,9 +230,7 @@ def look(
     else:
         ids = tokens_of(engine.processor, messages, answer) if isinstance(answer, str) else answer
     prompt = encode(messages, engine.processor, max_image_tokens=max_image_tokens)
-    inputs = {"input_ids": prompt.input_ids[None]}
-    if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
-        inputs |= {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    inputs = {"input_ids": prompt.input_ids[None], **prompt.pictures_from(0)}
     with engine.lock:
         return attention_maps(
             engine.model,

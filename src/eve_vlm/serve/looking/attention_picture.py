@@ -8,7 +8,6 @@ brightly as one that looked hard.
 Legend: `level` is a weight's place on the colour scale, 0 to 255; lengths are pixels drawn.
 """
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from eve_vlm.image_processing_eve import EveGrid, EveImageProcessor
 from eve_vlm.inspection.grid_picture import DARK, MARGIN, PAPER, load_font, save_png
 from eve_vlm.serve.looking.attention_map import AttentionMaps, Which
-from eve_vlm.serve.messages import pictures_within
+from eve_vlm.serve.messages import processor_within
 
 # Equal steps of lightness (CIELAB L* 8, 18.5, ... 92), so that twice as light is twice as much for
 # the eye too, also in grey; the hue goes from blue over red to yellow on the way.
@@ -62,7 +61,7 @@ def overlay(
     Raises:
         ValueError: if the map is not of a picture of this size.
     """
-    grid, cell = _grid(picture, heat.shape, _within(pictures, max_image_tokens))
+    grid, cell = _grid(picture, heat.shape, processor_within(pictures, max_image_tokens))
     if longest is not None and longest < max(picture.size):
         picture = picture.copy()
         picture.thumbnail((longest, longest))
@@ -93,7 +92,7 @@ def cell_box(
     Raises:
         ValueError: if the map is not of a picture of this size.
     """
-    grid, cell = _grid(picture, shape, _within(pictures, max_image_tokens))
+    grid, cell = _grid(picture, shape, processor_within(pictures, max_image_tokens))
     across, down = cell * picture.width / grid.width, cell * picture.height / grid.height
     return (
         round(col * across),
@@ -140,7 +139,7 @@ def draw_map(
         )
     top = maps.largest(layer=layer, head=head)
     seen = [
-        _seen(image, shape, _within(pictures, max_image_tokens))
+        _seen(image, shape, processor_within(pictures, max_image_tokens))
         for image, shape in zip(images, maps.grids, strict=True)
     ]
     panels = []
@@ -169,14 +168,6 @@ def colour_scale() -> np.ndarray:
     places = np.linspace(0, 255, len(COLOURS))
     parts = [np.interp(np.arange(256), places, part) for part in zip(*COLOURS, strict=True)]
     return np.stack(parts, 1).round().astype(np.uint8)
-
-
-def _within(pictures: EveImageProcessor, max_image_tokens: int | None) -> EveImageProcessor:
-    """The image processor under the budget of one request."""
-    within = copy.copy(pictures)
-    for name, value in pictures_within(pictures, max_image_tokens).items():
-        setattr(within, name, value)
-    return within
 
 
 def _grid(

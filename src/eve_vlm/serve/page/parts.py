@@ -7,7 +7,6 @@ are strangers' words, which become HTML only escaped.
 """
 
 import asyncio
-import copy
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -31,7 +30,7 @@ from eve_vlm.serve.http.limits import Limits
 from eve_vlm.serve.looking.answer_words import Word, words_of
 from eve_vlm.serve.looking.attention_map import AttentionMaps, Shares, look
 from eve_vlm.serve.looking.attention_picture import COLOURS, overlay
-from eve_vlm.serve.messages import Messages, picture_parts, pictures_within, user_message
+from eve_vlm.serve.messages import Messages, picture_parts, processor_within, user_message
 from eve_vlm.serve.reply import Answer, Piece, Reply
 from eve_vlm.serve.sampling import Sampling
 from eve_vlm.serve.worker import Worker
@@ -210,9 +209,7 @@ def draw_tokens(
     Raises:
         ValueError: if the picture cannot be read, or the budget is below the smallest picture.
     """
-    pictures = copy.copy(engine.processor.image_processor)
-    for name, value in pictures_within(pictures, max_image_tokens).items():
-        setattr(pictures, name, value)
+    pictures = processor_within(engine.processor.image_processor, max_image_tokens)
     drawn = draw_grid(open_picture(file), pictures=pictures)
     bottom = drawn.top + drawn.grid.height * drawn.scale + MARGIN
     image = drawn.image.crop((0, 0, drawn.image.width, bottom))
@@ -307,14 +304,14 @@ def prompt_figure(tokens: int, image_tokens: int, cached: int | None = None) -> 
 
 def answer_figures(answer: Answer) -> list[Figure]:
     """What was read, how long the answer is, and how long it took."""
-    made, after = len(answer.token_ids), answer.seconds - answer.seconds_to_first
+    made = len(answer.token_ids)
     figures = [
         prompt_figure(answer.prompt_tokens, answer.image_tokens, answer.cached_tokens),
         Figure("Answer", f"{made:,} {_tokens(made)}, {ENDS[answer.finish_reason]}"),
         Figure("First token", f"after {answer.seconds_to_first:.2f} s"),
     ]
-    if made > 1 and after > 0:
-        figures.append(Figure("Speed", f"{(made - 1) / after:,.1f} tokens/s after the first"))
+    if answer.tokens_per_second is not None:
+        figures.append(Figure("Speed", f"{answer.tokens_per_second:,.1f} tokens/s after the first"))
     return figures
 
 

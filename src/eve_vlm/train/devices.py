@@ -1,0 +1,54 @@
+"""How `devices.strategy` of a recipe becomes arguments of the library's trainer.
+
+One key says how a model is spread; the settings behind it are here and not in every recipe.  A
+recipe that needs others gives `training.deepspeed` or `training.fsdp` itself.  Easy to get wrong:
+DeepSpeed clips gradients only where its own configuration says so, hence `gradient_clipping: auto`.
+"""
+
+from typing import Any
+
+from eve_vlm.train.sections import DevicesSection
+
+
+def strategy_arguments(devices: DevicesSection) -> dict[str, Any]:
+    """Arguments of `TrainingArguments` for a strategy; empty for `ddp`, which needs none."""
+    if devices.strategy == "ddp":
+        return {}
+    if devices.strategy == "fsdp2":
+        return {"fsdp": "full_shard", "fsdp_config": _fsdp2(devices.cpu_offload)}
+    stage = 2 if devices.strategy == "zero2" else 3
+    return {"deepspeed": _zero(stage, devices.cpu_offload)}
+
+
+def _zero(stage: int, offload: bool) -> dict[str, Any]:
+    """DeepSpeed's ZeRO; "auto" takes the value that the recipe gives under `training`."""
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
+    host = {"device": "cpu", "pin_memory": True}
+    if offload:
+        zero["offload_optimizer"] = host
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        if offload:
+            zero["offload_param"] = host
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": zero,
+    }
+
+
+def _fsdp2(offload: bool) -> dict[str, Any]:
+    """Layers are sharded one by one; the rest of the model is one group."""
+    return {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "reshard_after_forward": True,
+        "offload_params": offload,
+        "state_dict_type": "FULL_STATE_DICT",
+    }
+
+
+__all__ = ["strategy_arguments"]
