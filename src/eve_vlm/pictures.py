@@ -15,8 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
-from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
+from PIL import ExifTags, Image, ImageFile
+from PIL.TiffImagePlugin import (
+    IMAGELENGTH,
+    IMAGEWIDTH,
+    TILELENGTH,
+    TILEWIDTH,
+    TiffImageFile,
+)
 
 from .image_processing_eve import to_rgb
 
@@ -84,28 +90,9 @@ def read_picture(
     content = data if isinstance(data, bytes) else data.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise ValueError(f"{name} has more than {MAX_BYTES:,} bytes; make it smaller first.")
-    kind = _kind_of(content, formats or FORMATS)
-    if kind is None:
-        raise ValueError(
-            f"{name} is not a picture of a kind that is read here; give a file of one of these "
-            f"kinds: {', '.join(formats or FORMATS)}."
-        )
-    with _damage_is_said_of(name):
-        # Not `Image.open`, which applies the global guard; this is what it calls.
-        image = Image.OPEN[kind][0](io.BytesIO(content), "")
+    kind, image = _begin(io.BytesIO(content), name, formats or FORMATS)
     with image:
-        with _damage_is_said_of(name):
-            sizes = _sizes_to_decode(image)
-        for width, height in sizes:
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"{name} has {width} x {height} pixels, more than {max_pixels:,} in all; make "
-                    "it smaller first."
-                )
-            if min(width, height) < 1:
-                raise ValueError(
-                    f"{name} has {width} x {height} pixels, so there is nothing to look at."
-                )
+        _check_sizes(image, name, max_pixels)
         if kind == "JPEG" and _scans_of(content) > MAX_SCANS:
             raise ValueError(
                 f"{name} is a JPEG of more than {MAX_SCANS} scans, which would take very long; "
@@ -119,6 +106,93 @@ def read_picture(
         with _damage_is_said_of(name):
             image.load()
             return to_rgb(image)
+
+
+def picture_size(
+    data: bytes | BinaryIO,
+    *,
+    name: str,
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] | None = None,
+) -> tuple[int, int]:
+    """Width and height of what `read_picture` would return; from the header, undecoded.
+
+    One exception: a PNG with text or EXIF behind its pixels is decoded, since Pillow looks there
+    for its orientation.  Damage behind the header is not seen.
+
+    Args:
+        data: the whole file, or a stream that can seek.
+        name: what the picture is called in messages.
+        max_pixels: larger pictures are refused.
+        formats: the formats to read, by Pillow's names; `FORMATS` unless told otherwise.
+
+    Raises:
+        ValueError: as `read_picture`, as far as the header shows it.
+    """
+    stream = io.BytesIO(data) if isinstance(data, bytes) else data
+    kind, image = _begin(stream, name, formats or FORMATS)
+    with image:
+        _check_sizes(image, name, max_pixels)
+        with _damage_is_said_of(name):
+            width, height = image.size
+            if isinstance(image, TiffImageFile):  # newer Pillows turn the size, not yet the pixels
+                width, height = int(image.tag_v2[IMAGEWIDTH]), int(image.tag_v2[IMAGELENGTH])
+            if kind == "PNG" and "exif" not in image.info and not _has_text_behind(stream):
+                exif = Image.Image.getexif(image)  # not its own, which decodes the pixels first
+            else:
+                exif = image.getexif()
+            turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
+def _begin(
+    stream: BinaryIO, name: str, formats: tuple[str, ...]
+) -> tuple[str, ImageFile.ImageFile]:
+    """The kind of a picture, and the picture with its header read."""
+    head = stream.read(16)
+    stream.seek(0)
+    kind = _kind_of(head, formats)
+    if kind is None:
+        raise ValueError(
+            f"{name} is not a picture of a kind that is read here; give a file of one of these "
+            f"kinds: {', '.join(formats)}."
+        )
+    with _damage_is_said_of(name):
+        # Not `Image.open`, which applies the global guard; this is what it calls.
+        return kind, Image.OPEN[kind][0](stream, "")
+
+
+def _check_sizes(image: Image.Image, name: str, max_pixels: int) -> None:
+    """Refuses what would be too large to decode, or is nothing."""
+    with _damage_is_said_of(name):
+        sizes = _sizes_to_decode(image)
+    for width, height in sizes:
+        if width * height > max_pixels:
+            raise ValueError(
+                f"{name} has {width} x {height} pixels, more than {max_pixels:,} in all; make "
+                "it smaller first."
+            )
+        if min(width, height) < 1:
+            raise ValueError(
+                f"{name} has {width} x {height} pixels, so there is nothing to look at."
+            )
+
+
+def _has_text_behind(png: BinaryIO) -> bool:
+    """Whether text or EXIF chunks follow the pixels of a PNG; every chunk is stepped over."""
+    place, at = png.tell(), 8  # behind the signature
+    kind, seen = b"", set()
+    while kind != b"IEND":
+        png.seek(at)
+        head = png.read(8)
+        if len(head) < 8:
+            break
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind == b"IDAT" or b"IDAT" in seen:
+            seen.add(kind)
+        at += 12 + length
+    png.seek(place)  # where Pillow goes on
+    return bool(seen & {b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
 
 
 def _kind_of(content: bytes, formats: tuple[str, ...]) -> str | None:
@@ -170,5 +244,6 @@ __all__ = [
     "MAX_PIXELS",
     "WEB_FORMATS",
     "open_picture",
+    "picture_size",
     "read_picture",
 ]

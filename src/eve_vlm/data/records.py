@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from eve_vlm.data.picture_ref import PictureRef
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
@@ -21,8 +23,11 @@ class Record:
     """Names the example in logs and error messages."""
     messages: list[dict[str, Any]]
     """`{"role": ..., "content": [{"type": "image"} | {"type": "text", "text": ...}, ...]}`."""
-    images: Sequence[Image.Image | Path]
-    """One per image part, in order: an open picture or the path of a file."""
+    images: Sequence[Image.Image | Path | PictureRef]
+    """One per image part, in order: an open picture, the path of a file, or where it is to be
+    found."""
+    source: str = ""
+    """Name of the data set that it comes from; losses are logged by it."""
     family: str = ""
     """The kind of question (`name`, `count`, ...) under which its answer is scored."""
     format: Literal["plain", "chat"] | None = None
