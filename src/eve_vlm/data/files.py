@@ -5,9 +5,11 @@ with some schemes only; `s3://` needs s3fs beside it, and a scheme nobody knows 
 """
 
 import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,9 +30,8 @@ def open_file(path: str | Path) -> BinaryIO:
     with place_is_said(path):
         if not is_url(path):
             return Path(path).open("rb")
-        import fsspec
-
-        return cast(BinaryIO, fsspec.open(str(path), "rb").open())
+        system, inside = url_system(str(path))
+        return cast(BinaryIO, system.open(inside, "rb"))
 
 
 def read_range(path: str | Path, offset: int, length: int) -> bytes:
@@ -62,9 +63,21 @@ def url_system(url: str) -> tuple[Any, str]:
         ValueError: if the scheme is unknown or its package is missing.
     """
     with place_is_said(url):
+        first, _, outer = url.partition("::")
+        if outer:  # a file inside an archive, whose directory is read once
+            scheme, _, inside = first.partition("://")
+            return _archive(f"{scheme}://::{outer}", os.getpid()), inside
         import fsspec
 
         return fsspec.core.url_to_fs(url)
+
+
+@lru_cache(maxsize=16)
+def _archive(url: str, process: int) -> Any:
+    """The file system of an archive; by process, because a fork shares the place in its file."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)[0]
 
 
 @contextmanager
