@@ -25,9 +25,20 @@ def records(processor):
     return made
 
 
+def rows(records):
+    """Every record as a row of its own."""
+    return [[record] for record in records]
+
+
+def for_model(batch):
+    """A batch without what is not for the model."""
+    ours = ("record_ids", "source_names", "bad_records", "num_tokens")
+    return {name: value for name, value in batch.items() if name not in ours}
+
+
 def test_texts_are_padded_on_the_right(records):
-    batch = EveCollator(77)(records)
-    assert "bad_records" not in batch
+    batch = EveCollator(77)(rows(records))
+    assert batch["bad_records"] == []
     longest = max(len(record.input_ids) for record in records)
     for name in ("input_ids", "labels", "attention_mask"):
         assert batch[name].shape == (4, longest) and batch[name].dtype == torch.int64
@@ -41,7 +52,7 @@ def test_texts_are_padded_on_the_right(records):
 
 
 def test_pictures_are_packed_in_the_order_of_their_texts(records):
-    batch = EveCollator(0)(records)
+    batch = EveCollator(0)(rows(records))
     for name in ("pixel_values", "image_grid_thw", "teacher_pixel_values"):
         expected = np.concatenate([getattr(record, name) for record in records])
         assert (batch[name].numpy() == expected).all() and batch[
@@ -51,30 +62,33 @@ def test_pictures_are_packed_in_the_order_of_their_texts(records):
 
 
 def test_text_only_batches_have_no_picture_keys(records):
-    batch = EveCollator(0)([records[1], records[3]])
-    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    batch = EveCollator(0)(rows([records[1], records[3]]))
+    assert set(for_model(batch)) == {"input_ids", "labels", "attention_mask"}
 
 
 def test_without_a_teacher_there_are_no_views(records):
-    batch = EveCollator(0)([record._replace(teacher_pixel_values=None) for record in records])
+    batch = EveCollator(0)(rows(record._replace(teacher_pixel_values=None) for record in records))
     assert "teacher_pixel_values" not in batch and "pixel_values" in batch
 
 
 def test_a_text_only_record_in_front_keeps_the_views(records):
-    batch = EveCollator(0)([records[1], records[0]])
+    batch = EveCollator(0)(rows([records[1], records[0]]))
     assert len(batch["teacher_pixel_values"]) == len(batch["image_grid_thw"]) == 1
 
 
 def test_bad_records_are_listed_not_lost(records):
-    batch = EveCollator(0)([records[0], BadRecord("first"), records[2], BadRecord("second")])
-    assert batch["bad_records"] == ["first", "second"]
-    assert batch["input_ids"].shape[0] == 2
+    first, second = BadRecord("first", "a", "one set"), BadRecord("second")
+    batch = EveCollator(0)(rows([records[0], first, records[2], second]))
+    assert batch["bad_records"] == [first, second]
+    assert batch["input_ids"].shape[0] == 2 and batch["record_ids"] == [["0"], ["2"]]
 
 
 def test_a_batch_of_bad_records_only_teaches_nothing(model):
     """It must not end a run whose share of bad records is allowed: the loss is exactly zero."""
-    batch = EveCollator(5)([BadRecord("broken"), BadRecord("also broken")])
-    assert batch.pop("bad_records") == ["broken", "also broken"]
+    batch = EveCollator(5)(rows([BadRecord("broken"), BadRecord("also broken")]))
+    assert [bad.reason for bad in batch["bad_records"]] == ["broken", "also broken"]
+    assert batch["record_ids"] == [] and batch["num_tokens"] == 0
+    batch = for_model(batch)
     assert batch["input_ids"].tolist() == [[5]] and batch["attention_mask"].tolist() == [[1]]
     assert batch["labels"].tolist() == [[-100]] and "pixel_values" not in batch
     with torch.no_grad():
@@ -87,11 +101,12 @@ def test_a_batch_is_what_the_model_takes(records, model):
 
     1e-5: float32 sums in another order.
     """
-    batch = EveCollator(0)(records)
+    batch = EveCollator(0)(rows(records))
+    batch = for_model(batch)
     batch.pop("teacher_pixel_values")
     total, count = 0.0, 0
     for record in records:
-        alone = EveCollator(0)([record])
+        alone = for_model(EveCollator(0)([[record]]))
         alone.pop("teacher_pixel_values", None)
         labels = int((alone["labels"][:, 1:] != -100).sum())
         total, count = total + float(model(**alone).loss) * labels, count + labels

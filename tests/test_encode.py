@@ -292,3 +292,83 @@ def test_bad_picture_files_are_named(tmp_path):
     messages = tiny.conversation("a", "b")
     assert "broken.png" in refused(encoder(), record(messages, [broken]))
     assert "missing.png" in refused(encoder(), record(messages, [tmp_path / "missing.png"]))
+
+
+# --- sizes and budgets ----------------------------------------------------------------------------
+
+
+def random_record(number):
+    rng = np.random.default_rng(number)
+    pictures = int(rng.integers(0, 4))
+    messages = tiny.conversation(
+        tiny.QUESTIONS[number % 4], tiny.ANSWERS[number % 4], pictures=pictures
+    )
+    sides = rng.integers(3, 90, (pictures, 2)).tolist()
+    return record(messages, [tiny.picture(*side, seed=number) for side in sides], id=str(number))
+
+
+@pytest.mark.parametrize("format", ["chat", "plain"])
+def test_the_size_is_that_of_the_encoded_record(format):
+    encode = encoder(format=format)
+    for number in range(40):
+        made = random_record(number)
+        encoded, size = encode(made), encode.size(made)
+        assert size == (len(encoded.input_ids), len(encoded.pixel_values))
+
+
+def test_a_size_needs_no_pixels(tmp_path):
+    """The header of a file is read; what lies behind it is for the encoder to refuse."""
+    file = tmp_path / "cut.png"
+    tiny.picture(40, 60).save(file)
+    file.write_bytes(file.read_bytes()[:200])
+    made = record(tiny.conversation("What?", "a ball"), [file])
+    assert encoder().size(made).patches == 48  # 4 x 3 cells of four patches
+    assert "cut.png" in tiny.refused(lambda: encoder()(made))
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_pictures_shrink_to_fit_and_words_stay(number):
+    made = random_record(number)
+    full = encoder()(made)
+    words = [id for id in full.input_ids if id != processor().image_token_id]
+    for room in (len(full.input_ids) - 1, len(words) + 3 * len(made.images)):
+        small = encoder(max_length=room, shrink=True)
+        if not made.images:  # words are never cut
+            assert f"max_length is {room}" in tiny.refused(lambda: small(made))
+            return
+        encoded = small(made)
+        assert len(encoded.input_ids) <= room
+        assert [id for id in encoded.input_ids if id != processor().image_token_id] == words
+        assert len(encoded.image_grid_thw) == len(made.images)
+        assert small.size(made) == (len(encoded.input_ids), len(encoded.pixel_values))
+        # One step larger would not fit.
+        edge = max(grid.max() for grid in encoded.image_grid_thw[:, 1:]) * tiny.PATCH
+        larger = processor().image_processor
+        grids = [
+            larger.grid_of(image.height, image.width, longest_edge=int(edge) + tiny.MULTIPLE)
+            for image in made.images
+        ]
+        needed = len(words) + sum(num_image_tokens(grid.rows, grid.cols) for grid in grids)
+        assert needed > room
+
+
+def test_what_cannot_shrink_enough_is_refused_with_what_it_needs():
+    made = record(tiny.conversation("What?", "a ball", pictures=3), [tiny.picture(30, 30)] * 3)
+    text = tiny.refused(lambda: encoder(max_length=12, shrink=True)(made))
+    assert "even with its pictures made as small as they can be" in text and "'r1'" in text
+
+
+def test_pictures_with_too_many_patches():
+    made = record(tiny.conversation("What?", "a ball"), [tiny.picture(30, 30)])
+    text = tiny.refused(lambda: encoder(max_patches=50)(made))
+    assert "have 64 patches but a packed row takes 50" in text
+    assert len(encoder(max_patches=50, shrink=True)(made).pixel_values) == 36
+
+
+def test_teacher_views_follow_pictures_that_shrink():
+    view = TeacherView(cells=4, cell_pixels=5, fill=(9, 9, 9))
+    made = record(tiny.conversation("What?", "a ball"), [tiny.picture(30, 30)])
+    encoded = encoder(max_patches=50, shrink=True, teacher_view=view)(made)
+    (canvas,) = encoded.teacher_pixel_values
+    inside = (canvas != np.array([9, 9, 9])).any(-1)
+    assert inside[:15, :15].mean() > 0.9 and not inside[15:].any() and not inside[:, 15:].any()

@@ -10,13 +10,15 @@ import math
 import pytest
 import torch
 from safetensors import safe_open
-from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import tiny
 from eve_vlm.data.collator import EveCollator
 from eve_vlm.data.encode import BadRecord, Encoder
-from eve_vlm.data.sources import EncodedDataset, LlavaSource
+from eve_vlm.data.encoded_rows import EncodedRows
+from eve_vlm.data.rows import Rows, RowSampler
+from eve_vlm.data.sources import LlavaSource
+from eve_vlm.train.data_log import DataLog
 from eve_vlm.train.parameters import select_trainable
 from eve_vlm.train.sections import AlignmentSection, StageSection
 from eve_vlm.train.teacher import FrozenTeacher
@@ -24,6 +26,26 @@ from eve_vlm.train.trainer import EveTrainer, StageProgress
 
 SAME = 1e-5
 CELLS = tiny.EDGE // tiny.MULTIPLE
+
+
+class InOrder(Rows):
+    """Records in the order of their numbers."""
+
+    def order(self, epoch):
+        return torch.arange(self.num_records)
+
+
+class OneByOne:
+    """Rows of a list of encoded records."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, row):
+        return [self.records[index] for index in row]
 
 
 class Gradients(TrainerCallback):
@@ -88,7 +110,10 @@ def trainer_for(
             max_length=256,
             teacher_view=teacher.view if teacher else None,
         )
-        dataset = EncodedDataset(LlavaSource(data_file), encoder)
+        dataset = EncodedRows(LlavaSource(data_file), encoder)
+    else:
+        dataset = OneByOne(dataset)
+    rows = (InOrder if in_order else Rows)(len(dataset), seed=0)
     gradients = Gradients()
     made = EveTrainer(
         model=model,
@@ -115,14 +140,12 @@ def trainer_for(
         stage=section,
         teacher=teacher,
         teacher_side=tiny.MERGE,
-        max_bad_share=max_bad_share,
+        data_log=DataLog(RowSampler(rows, batch_size=batch), max_bad_share=max_bad_share),
         callbacks=[gradients],
     )
     made.remove_callback(PrinterCallback)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if in_order:
-        made._get_train_sampler = lambda dataset=None: SequentialSampler(made.train_dataset)
     made.gradients = gradients
     return made
 
@@ -136,6 +159,12 @@ def assert_same(made, expected, tolerance=SAME):
     made, expected = made.detach(), expected.detach()
     allowed = tolerance * max(1.0, float(expected.abs().max()))
     assert float((made - expected).abs().max()) <= allowed
+
+
+def for_model(batch):
+    """A batch without what the trainer takes out of it."""
+    ours = ("record_ids", "source_names", "bad_records", "num_tokens")
+    return {name: value for name, value in batch.items() if name not in ours}
 
 
 def logged(trainer, key):
@@ -190,7 +219,7 @@ def test_the_first_loss_is_the_models_own(data_file, tmp_path, teacher):
     trainer = trainer_for(data_file, tmp_path, batch=4, accumulation=2, teacher=teacher)
     model = trainer.model.train()
     collate = EveCollator(0)
-    batch = collate([trainer.train_dataset[index] for index in range(8)])
+    batch = for_model(collate([trainer.train_dataset[[index]] for index in range(8)]))
     features = teacher.features(
         batch.pop("teacher_pixel_values"), batch["image_grid_thw"], side=tiny.MERGE
     )
@@ -217,13 +246,14 @@ def test_terms_are_means_over_the_steps_of_a_log(data_file, tmp_path, teacher):
 
 def test_tokens_are_counted_without_padding(data_file, tmp_path, monkeypatch):
     trainer = trainer_for(data_file, tmp_path, batch=4)
-    tokens = sum(len(trainer.train_dataset[index].input_ids) for index in range(4))
-    times = iter(range(0, 100, 2))
-    trainer._clock = next(times)
-    monkeypatch.setattr("eve_vlm.train.trainer.time.perf_counter", lambda: next(times))
+    tokens = sum(len(trainer.train_dataset[[index]][0].input_ids) for index in range(4))
+    longest = max(len(trainer.train_dataset[[index]][0].input_ids) for index in range(4))
+    trainer._sums.started = 0
+    monkeypatch.setattr("eve_vlm.train.step_sums.time.perf_counter", lambda: 2)
     trainer.train()
     assert logged(trainer, "tokens_per_second")[0] == tokens / 2
-    assert trainer.num_records == 4
+    assert logged(trainer, "utilisation")[0] == pytest.approx(tokens / (4 * longest))
+    assert trainer.data_log.num_records == 4
 
 
 # --- what learns ----------------------------------------------------------------------------------
@@ -313,8 +343,7 @@ class Spoilt:
 @pytest.fixture(scope="module")
 def records(data_file):
     encoder = Encoder(tiny.processor(), format="chat", max_length=256)
-    dataset = EncodedDataset(LlavaSource(data_file), encoder)
-    return [dataset[index] for index in range(12)]
+    return [encoder(record) for record in LlavaSource(data_file)]
 
 
 def test_bad_records_are_counted_named_and_left_out(data_file, tmp_path, records, caplog):
@@ -328,8 +357,8 @@ def test_bad_records_are_counted_named_and_left_out(data_file, tmp_path, records
         data_file, tmp_path, batch=2, dataset=[records[0], records[3]], max_bad_share=0.0
     )
     alone.train()
-    assert spoilt.bad_records == {"Record 1: broken": 1, "Record 2: broken": 1}
-    assert spoilt.num_records == 4
+    assert spoilt.data_log.reasons() == {"Record 1: broken": 1, "Record 2: broken": 1}
+    assert spoilt.data_log.num_records == 4
     assert "left out: Record 1: broken" in caplog.text
     assert logged(spoilt, "left_out_records") == [2] and not logged(alone, "left_out_records")
     assert logged(spoilt, "loss") == pytest.approx(logged(alone, "loss"), abs=SAME)
@@ -352,7 +381,7 @@ def test_batches_without_a_usable_record_do_not_end_a_run(
         max_bad_share=0.5,
     )
     trainer.train()
-    assert trainer.bad_records.total() == 3
+    assert len(trainer.data_log.bad) == 3
     losses = logged(trainer, "loss")
     assert losses[0] == 0.0 and all(math.isfinite(loss) for loss in losses)
     first = trainer.gradients.steps[0].values()
@@ -391,7 +420,7 @@ def test_a_long_list_of_bad_records_is_not_all_logged(data_file, tmp_path, recor
     )
     with caplog.at_level(logging.WARNING, logger="eve_vlm"):
         trainer.train()
-    assert caplog.text.count("left out: ") == 20 and trainer.bad_records.total() == 40
+    assert caplog.text.count("left out: ") == 20 and len(trainer.data_log.bad) == 40
 
 
 # --- bad losses, progress -------------------------------------------------------------------------

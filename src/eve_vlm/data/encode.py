@@ -5,7 +5,9 @@ once as a whole; nothing is tokenised in pieces and counted together, which is h
 trainers lose samples silently (LLaVA#1166).  A record that cannot be used raises a ValueError with
 its id and the reason; it is the caller who counts.
 
-Easy to get wrong: `<image>` is one token while the text is tokenised, and is repeated afterwards.
+A record's size in tokens and patches is known from its text and the headers of its pictures
+(`Encoder.size`), so rows are planned without decoding a pixel.  Easy to get wrong: `<image>` is one
+token while the text is tokenised, and is repeated afterwards.
 """
 
 import re
@@ -16,10 +18,11 @@ import numpy as np
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from eve_vlm.data.packing import Size
+from eve_vlm.data.picture_ref import open_image, size_of_image
 from eve_vlm.data.records import Record, parts_of, text_of
 from eve_vlm.data.teacher_view import TeacherView
-from eve_vlm.image_processing_eve import num_image_tokens, to_rgb
-from eve_vlm.pictures import open_picture
+from eve_vlm.image_processing_eve import EveGrid, num_image_tokens
 from eve_vlm.processing_eve import EveProcessor
 
 IGNORED = -100
@@ -40,12 +43,27 @@ class EncodedRecord(NamedTuple):
     """(I, 3) int64."""
     teacher_pixel_values: np.ndarray | None
     """(I, size, size, 3) uint8, or None without a teacher."""
+    source: str = ""
+    """Name of the data set that it comes from."""
 
 
 class BadRecord(NamedTuple):
     """A record that cannot be used, and why."""
 
     reason: str
+    id: str = ""
+    source: str = ""
+
+
+class Layout(NamedTuple):
+    """How a record's pictures are laid out among its words."""
+
+    grids: list[EveGrid]
+    """One for each picture."""
+    longest_edge: int
+    """The longer side that the pictures are resized to."""
+    size: Size
+    """Tokens with pictures in place, and patches."""
 
 
 class Encoder:
@@ -56,6 +74,9 @@ class Encoder:
         format: `chat` learns each answer with its end token; `plain` (captions) renders pictures,
             answer and a line break, and learns the answer and the line break.
         max_length: longest sequence allowed, in tokens with pictures in place.
+        max_patches: most patches of one record's pictures; None sets no limit.
+        shrink: makes the pictures of a record smaller, all to the same longer side, where they
+            would not fit otherwise; nothing else is ever cut.
         teacher_view: makes the teacher's views too.
     """
 
@@ -65,10 +86,12 @@ class Encoder:
         *,
         format: Literal["plain", "chat"],
         max_length: int,
+        max_patches: int | None = None,
+        shrink: bool = False,
         teacher_view: TeacherView | None = None,
     ):
         self.processor, self.format, self.max_length = processor, format, max_length
-        self.teacher_view = teacher_view
+        self.max_patches, self.shrink, self.teacher_view = max_patches, shrink, teacher_view
         if format == "chat" and not processor.chat_template:
             raise ValueError(
                 "The processor has no chat template; set processor.chat_template, or use format "
@@ -84,13 +107,75 @@ class Encoder:
         """
         try:
             ids, labels = self.encode_text(record.messages, format=record.format)
-            images = [
-                image if isinstance(image, Image.Image) else open_picture(image)
-                for image in record.images
-            ]
-            return self._with_pictures(record.id, ids, labels, [to_rgb(image) for image in images])
+            images = [open_image(image) for image in record.images]
+            layout = self.layout(ids, [image.size for image in images])
+            return self._with_pictures(record, ids, labels, images, layout)
         except ValueError as error:
             raise ValueError(f"Record {record.id!r}: {error}") from None
+
+    def size(self, record: Record) -> Size:
+        """What the record takes of a packed row, from its text and the headers of its pictures.
+
+        Raises:
+            ValueError: as encoding it would, save for damage behind a picture's header.
+        """
+        try:
+            ids, _ = self.encode_text(record.messages, format=record.format)
+            return self.layout(ids, [size_of_image(image) for image in record.images]).size
+        except ValueError as error:
+            raise ValueError(f"Record {record.id!r}: {error}") from None
+
+    def layout(self, ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Layout:
+        """The grids of pictures of (width, height) pixels, and what they take with the text.
+
+        Raises:
+            ValueError: if `<image>` marks and pictures differ in number, or it does not fit.
+        """
+        processor = self.processor.image_processor
+        marks = list(ids).count(self.processor.image_token_id)
+        if marks != len(sizes):
+            raise ValueError(
+                f"its text has {marks} {self.processor.image_token} marks but {len(sizes)} "
+                "pictures; give one mark for each picture."
+            )
+        words, edge = len(ids) - len(sizes), processor.size["longest_edge"]
+        full = layout = self._laid_out(words, sizes, edge)
+        while self.shrink and not self._fits(layout.size) and edge > processor.size_multiple:
+            edge -= processor.size_multiple
+            layout = self._laid_out(words, sizes, edge)
+        if not self._fits(layout.size):
+            raise ValueError(self._too_large(words, full.size, layout.size))
+        return layout
+
+    def _laid_out(self, words: int, sizes: Sequence[tuple[int, int]], edge: int) -> Layout:
+        processor = self.processor.image_processor
+        grids = [processor.grid_of(height, width, longest_edge=edge) for width, height in sizes]
+        tokens = words + sum(num_image_tokens(grid.rows, grid.cols) for grid in grids)
+        side = processor.patch_size
+        patches = sum((grid.height // side) * (grid.width // side) for grid in grids)
+        return Layout(grids, edge, Size(tokens, patches))
+
+    def _fits(self, size: Size) -> bool:
+        few = self.max_patches is None or size.patches <= self.max_patches
+        return few and size.tokens <= self.max_length
+
+    def _too_large(self, words: int, full: Size, least: Size) -> str:
+        if self.shrink and full != least:
+            return (
+                f"it needs {least.tokens} tokens and {least.patches} patches even with its "
+                f"pictures made as small as they can be, but max_length is {self.max_length}; use "
+                "a shorter conversation, fewer pictures or a larger max_length."
+            )
+        if full.tokens > self.max_length:
+            return (
+                f"it needs {full.tokens} tokens ({full.tokens - words} of them for pictures) but "
+                f"max_length is {self.max_length}; use smaller pictures, a shorter conversation or "
+                "a larger max_length."
+            )
+        return (
+            f"its pictures have {full.patches} patches but a packed row takes {self.max_patches}; "
+            "use smaller pictures or a larger data.packing.patches."
+        )
 
     def encode_text(
         self, messages: Sequence[dict], *, format: Literal["plain", "chat"] | None = None
@@ -176,45 +261,37 @@ class Encoder:
         )
 
     def _with_pictures(
-        self, id: str, ids: list[int], labels: list[int], images: list[Image.Image]
+        self,
+        record: Record,
+        ids: list[int],
+        labels: list[int],
+        images: list[Image.Image],
+        layout: Layout,
     ) -> EncodedRecord:
-        placeholder = np.asarray(ids) == self.processor.image_token_id
-        if placeholder.sum() != len(images):
-            raise ValueError(
-                f"its text has {placeholder.sum()} {self.processor.image_token} marks but "
-                f"{len(images)} pictures; "
-                "give one mark for each picture."
-            )
-        processor = self.processor.image_processor
-        grids = [processor.grid_of(image.height, image.width) for image in images]
-        counts = [num_image_tokens(grid.rows, grid.cols) for grid in grids]
-        length = len(ids) - len(images) + sum(counts)
-        if length > self.max_length:
-            raise ValueError(
-                f"it needs {length} tokens ({sum(counts)} of them for pictures) but max_length is "
-                f"{self.max_length}; use smaller pictures, a shorter conversation or a larger "
-                "max_length."
-            )
         repeats = np.ones(len(ids), np.int64)
-        repeats[placeholder] = counts
-        encoded = self._pixels(images)
+        repeats[np.asarray(ids) == self.processor.image_token_id] = [
+            num_image_tokens(grid.rows, grid.cols) for grid in layout.grids
+        ]
         return EncodedRecord(
-            id,
+            record.id,
             np.repeat(np.asarray(ids, np.int64), repeats),
             np.repeat(np.asarray(labels, np.int64), repeats),
-            *encoded,
-            self._teacher_views(images, grids),
+            *self._pixels(images, layout.longest_edge),
+            self._teacher_views(images, layout.grids),
+            record.source,
         )
 
-    def _pixels(self, images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+    def _pixels(
+        self, images: list[Image.Image], longest_edge: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         processor = self.processor.image_processor
         if not images:
             width = 3 * processor.patch_size**2
             return np.empty((0, width), np.float32), np.empty((0, 3), np.int64)
-        both = processor(images, return_tensors="np")
+        both = processor(images, size={"longest_edge": longest_edge}, return_tensors="np")
         return both["pixel_values"], both["image_grid_thw"]
 
-    def _teacher_views(self, images: list[Image.Image], grids: list) -> np.ndarray | None:
+    def _teacher_views(self, images: list[Image.Image], grids: list[EveGrid]) -> np.ndarray | None:
         view = self.teacher_view
         if view is None:
             return None
@@ -234,4 +311,4 @@ def _check_answer(answer: str) -> None:
         )
 
 
-__all__ = ["IGNORED", "BadRecord", "EncodedRecord", "Encoder"]
+__all__ = ["IGNORED", "BadRecord", "EncodedRecord", "Encoder", "Layout"]
