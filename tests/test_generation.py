@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 import tiny
 from eve_vlm import EveForConditionalGeneration
-from eve_vlm.modeling_eve import _sample_of_picture
+from eve_vlm.patch_embedding_eve import sample_of_picture
 
 NEW = 6
 # Pictures per sample, among them none and several; the middle one begins with two in a row.
@@ -179,5 +179,5 @@ def test_the_training_class_and_a_loaded_one_generate_alike(saved_model, model, 
 
 def test_owner_of_each_picture(samples, model):
     batch = joined(samples)
-    owner = _sample_of_picture(batch["input_ids"], batch["image_grid_thw"], model.config)
+    owner = sample_of_picture(batch["input_ids"], batch["image_grid_thw"], model.config)
     assert owner.tolist() == [0, 2, 2, 3, 3, 3]

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, GenerationMixin
 from transformers.cache_utils import Cache
@@ -26,11 +25,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_eve import EveConfig
+from .language_loss_eve import language_loss
 from .layer_taps_eve import LayerTaps
 from .patch_embedding_eve import (
     EvePatchEmbedding,
     EvePreTrainedModel,
     EveProjector,
+    sample_of_picture,
     tokens_of_pictures,
 )
 
@@ -58,6 +59,7 @@ class EveCausalLMOutput(ModelOutput):
     loss: scalar, when labels were given.
     loss_terms: the loss by name, unweighted (`lm`, and `alignment` in pre-training).
     logits: (B, kept positions, vocabulary); None in training (the head runs where labels are).
+    group_losses, group_counts: see `LanguageLoss`; when label groups were given.
     image_taps: see `EveModelOutput`.
     """
 
@@ -68,6 +70,8 @@ class EveCausalLMOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     loss_terms: dict[str, torch.Tensor] | None = None
+    group_losses: torch.Tensor | None = None
+    group_counts: torch.Tensor | None = None
     image_taps: tuple[torch.Tensor, ...] | None = None
 
 
@@ -230,7 +234,12 @@ class EveModel(EvePreTrainedModel):
 
 
 class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
-    """The model that answers: `EveModel` and a language head."""
+    """The model that answers: `EveModel` and a language head.
+
+    `loss_implementation` says who computes the language loss (`language_loss_eve.py`).
+    """
+
+    loss_implementation: str = "auto"
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -291,8 +300,15 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
                 in training mode: the head then runs only at the positions that have a label.
             logits_to_keep: number of last positions, or positions, to compute logits for; 0 means
                 all.
-            num_items_in_batch: labels in the whole accumulated batch, to divide the summed loss by.
+            num_items_in_batch: labels in the whole accumulated batch, or the sum of their weights,
+                to divide the summed loss by.
+            label_weights, label_groups, num_groups: `weights`, `groups` and `num_groups` of
+                `language_loss`, by keyword.
         """
+        # Not in the signature: where evaluation looks for labels, Trainer demands every argument
+        # with "label" in its name.
+        weights, groups = kwargs.pop("label_weights", None), kwargs.pop("label_groups", None)
+        num_groups = kwargs.pop("num_groups", None)
         if labels is not None:
             # A cache would make packed documents see each other, silently.
             kwargs["use_cache"] = False
@@ -309,38 +325,32 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
         )
         hidden, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
-            loss = self._language_loss(hidden, labels, num_items_in_batch)
+            loss = language_loss(
+                hidden,
+                self.lm_head,
+                labels,
+                weights=weights,
+                groups=groups,
+                num_groups=num_groups,
+                num_items_in_batch=num_items_in_batch,
+                implementation=self.loss_implementation,
+            )
         if labels is None or not self.training:
             last = isinstance(logits_to_keep, int)
             kept = slice(-logits_to_keep, None) if last else logits_to_keep
             logits = self.lm_head(hidden[:, kept, :])
         return EveCausalLMOutput(
-            loss=loss,
+            loss=None if loss is None else loss.total,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
-            loss_terms=None if loss is None else {"lm": loss.detach()},
+            loss_terms=None if loss is None else {"lm": loss.total.detach()},
+            group_losses=None if loss is None else loss.group_losses,
+            group_counts=None if loss is None else loss.group_counts,
             image_taps=outputs.image_taps,
         )
-
-    def _language_loss(
-        self,
-        hidden: torch.Tensor,
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> torch.Tensor:
-        """Cross-entropy of next tokens, the head applied only where there is one to predict.
-
-        After 600 picture tokens labels are a small part of the positions: 2.3 x faster at one half.
-        """
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100).to(hidden.device)  # (B, T)
-        wanted = targets != -100
-        logits = self.lm_head(hidden[wanted])  # (labels, vocabulary)
-        total = F.cross_entropy(logits.float(), targets[wanted], reduction="sum")
-        count = wanted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return total / count
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs
@@ -366,7 +376,7 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
         pixels = model_kwargs.pop("pixel_values", None)
         grids = model_kwargs.pop("image_grid_thw", None)
         if expand_size > 1 and pixels is not None:
-            owner = _sample_of_picture(input_ids, grids, self.config)
+            owner = sample_of_picture(input_ids, grids, self.config)
             counts = torch.bincount(owner, minlength=input_ids.shape[0]).tolist()
             per_picture = pixels.split(grids.prod(-1).tolist())
             order = [
@@ -385,16 +395,6 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
         if pixels is not None:
             model_kwargs |= {"pixel_values": pixels, "image_grid_thw": grids}
         return input_ids, model_kwargs
-
-
-def _sample_of_picture(
-    input_ids: torch.Tensor, image_grid_thw: torch.Tensor, config: EveConfig
-) -> torch.Tensor:
-    """Which sample of the batch each picture belongs to, (I,), found by counting placeholders."""
-    tokens = tokens_of_pictures(image_grid_thw, config.vision_config.merge_size)
-    # Placeholders up to and with each sample, (B,).
-    ends = (input_ids == config.image_token_id).sum(1).cumsum(0)
-    return torch.searchsorted(ends, tokens.cumsum(0).to(ends.device))
 
 
 __all__ = ["EveForConditionalGeneration", "EveModel"]

@@ -57,6 +57,16 @@ def tokens_of_pictures(image_grid_thw: torch.Tensor, merge_size: int) -> torch.T
     return num_image_tokens(image_grid_thw[:, 1] // merge_size, image_grid_thw[:, 2] // merge_size)
 
 
+def sample_of_picture(
+    input_ids: torch.Tensor, image_grid_thw: torch.Tensor, config: EveConfig
+) -> torch.Tensor:
+    """Which sample of the batch each picture belongs to, (I,), found by counting placeholders."""
+    tokens = tokens_of_pictures(image_grid_thw, config.vision_config.merge_size)
+    # Placeholders up to and with each sample, (B,).
+    ends = (input_ids == config.image_token_id).sum(1).cumsum(0)
+    return torch.searchsorted(ends, tokens.cumsum(0).to(ends.device))
+
+
 @dataclass
 class PackedGrid:
     """Where every token of every picture lies in the packed row; made without a loop.
