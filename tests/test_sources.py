@@ -6,8 +6,9 @@ import pytest
 
 import tiny
 from eve_vlm.data.encode import BadRecord, EncodedRecord, Encoder
+from eve_vlm.data.encoded_rows import EncodedRows
 from eve_vlm.data.records import Record
-from eve_vlm.data.sources import EncodedDataset, LlavaSource, Mixture, build_source
+from eve_vlm.data.sources import LlavaSource, Mixture, build_source
 
 
 def write(folder, samples, name="data.json"):
@@ -41,7 +42,8 @@ def test_a_record_is_read(tmp_path, name):
     assert len(source) == 2
     first, second = source[0], source[1]
     assert (first.id, second.id) == ("a", "7")
-    assert first.images == [tmp_path / "pictures" / "cat.png"] and second.images == []
+    assert [image.path for image in first.images] == [tmp_path / "pictures" / "cat.png"]
+    assert second.images == []
     assert first.messages == [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "That."}]},
@@ -51,7 +53,7 @@ def test_a_record_is_read(tmp_path, name):
 
 def test_pictures_start_from_the_files_folder(tmp_path):
     source = LlavaSource(write(tmp_path, [sample("<image>", image="x/cat.png")]))
-    assert source[0].images == [tmp_path / "x" / "cat.png"]
+    assert [image.path for image in source[0].images] == [tmp_path / "x" / "cat.png"]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_several_pictures(tmp_path):
         tmp_path, [{"id": "a", "image": ["1.png", "2.png", "3.png"], "conversations": turns}]
     )
     record = LlavaSource(file)[0]
-    assert [path.name for path in record.images] == ["1.png", "2.png", "3.png"]
+    assert [image.path.name for image in record.images] == ["1.png", "2.png", "3.png"]
     assert [part["type"] for part in user(record)] == ["image", "image", "text"]
     assert user(record, 2) == [{"type": "image"}, {"type": "text", "text": "And ?"}]
 
@@ -115,24 +117,54 @@ def test_a_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "line"),
+    ("name", "text", "bad", "line"),
     [
-        ("data.json", '[{"id": 1},\n {"id": }]', 2),
-        ("data.json", "", 1),
-        ("data.jsonl", '{"id": 1}\n{"id": 2\n{"id": 3}\n', 2),
-        ("data.jsonl", '{"id": 1}\n\n\n[1, 2', 4),
+        ("data.json", '[{"id": 1},\n {"id": }]', 1, 2),
+        ("data.jsonl", '{"id": 1}\n{"id": 2\n{"id": 3}\n', 1, 2),
+        ("data.jsonl", '{"id": 1}\n\n\n[1, 2', 1, 4),
+        ("data.jsonl", '{"id": 1}\n"\xff"\n', 1, 2),
     ],
 )
-def test_broken_json_is_told_with_its_line(tmp_path, name, text, line):
+def test_a_broken_record_is_told_with_its_line(tmp_path, name, text, bad, line):
+    """When it is read; the records around it stay usable."""
     file = tmp_path / name
+    file.write_bytes(text.encode("latin-1"))
+    source = LlavaSource(file)
+    message = tiny.refused(lambda: source[bad])
+    assert str(file) in message and f"line {line}:" in message
+    assert "not valid JSON" in message or "not UTF-8" in message
+    assert "lacks conversations" in tiny.refused(lambda: source[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", 1),
+        ("  \n ", 1),
+        ('[{"id": 1},\n\n {"id": "a', 3),
+        ('[{"id": 1},\n {"id": 2}', 2),
+        ('[{"id": 1},\n {"id": 2},', 2),
+        ('[{"id": 1},\n {"id": 2", "x": 3},\n {"id": 3}]', 2),
+        ('[{"id": 1}]\n]', 2),
+        ('[{"id": 1}]\n{"id": 2}', 2),
+    ],
+)
+def test_a_list_that_does_not_end_where_it_should_is_told_at_once(tmp_path, text, line):
+    file = tmp_path / "data.json"
     file.write_text(text, encoding="utf-8")
     message = tiny.refused(lambda: LlavaSource(file))
     assert str(file) in message and f"line {line}:" in message and "not valid JSON" in message
 
 
+def test_an_empty_list_and_an_empty_jsonl_have_no_records(tmp_path):
+    for name, text in (("a.json", " [ ] "), ("a.jsonl", ""), ("b.jsonl", "\n \n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert len(LlavaSource(tmp_path / name)) == 0
+
+
 def test_a_file_that_is_no_list(tmp_path):
     file = write(tmp_path, {"conversations": []})
-    assert "holds a dict, not a list" in tiny.refused(lambda: LlavaSource(file))
+    assert "holds an object, not a list" in tiny.refused(lambda: LlavaSource(file))
 
 
 def test_a_file_that_is_not_text(tmp_path):
@@ -164,10 +196,11 @@ def test_malformed_records_are_bad_records_not_crashes(tmp_path, processor, bad)
     """Reading the file works; the record itself says what is wrong when it is asked for."""
     file = write(tmp_path, [sample(), bad, sample()])
     encoder = Encoder(processor, format="chat", max_length=256)
-    dataset = EncodedDataset(LlavaSource(file), encoder)
-    assert isinstance(dataset[0], EncodedRecord) and isinstance(dataset[2], EncodedRecord)
-    assert isinstance(dataset[1], BadRecord)
-    assert "Record" in dataset[1].reason and "\n" not in dataset[1].reason
+    rows = EncodedRows(LlavaSource(file), encoder)
+    first, found, last = rows[[0, 1, 2]]
+    assert isinstance(first, EncodedRecord) and isinstance(last, EncodedRecord)
+    assert isinstance(found, BadRecord)
+    assert "Record" in found.reason and "\n" not in found.reason
 
 
 # --- mixtures -------------------------------------------------------------------------------------
@@ -186,6 +219,10 @@ class Numbered:
         if not 0 <= index < self.size:
             raise IndexError(index)
         return Record(id=f"{self.name}{index}", messages=[], images=[])
+
+    @property
+    def fingerprint(self):
+        return f"{self.name} {self.size}"
 
 
 def ids(mixture):
@@ -270,11 +307,3 @@ def test_scene_options_that_do_not_fit_are_refused(changes, parts):
     text = tiny.refused(lambda: scenes(**changes))
     for part in parts:
         assert part in text
-
-
-def test_the_dataset_is_as_long_as_its_records(tmp_path, processor):
-    file = tiny.llava_file(tmp_path, records=6)
-    dataset = EncodedDataset(LlavaSource(file), Encoder(processor, format="chat", max_length=256))
-    assert len(dataset) == 6
-    assert all(isinstance(dataset[index], EncodedRecord) for index in range(6))
-    assert [dataset[index].id for index in range(6)] == [f"r{index}" for index in range(6)]
