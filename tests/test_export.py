@@ -25,6 +25,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+from transformers.dynamic_module_utils import get_imports
 
 import published
 import small_decoders
@@ -43,7 +44,7 @@ from eve_vlm.export.folder import export
 from eve_vlm.loading import load_model, load_processor
 from eve_vlm.published_eve import published_name
 from oracle import patch_embedding as oracle
-from test_architecture import HUB_LIBRARIES, SOURCE
+from test_architecture import HUB_LIBRARIES, HUB_OPTIONAL, SOURCE
 
 refused = partial(tiny.refused, end=".")
 SIZES = ((16, 40), (32, 24))
@@ -259,6 +260,7 @@ def test_the_code_is_whole_and_needs_only_the_library(exported):
     """Every relative import of a copied file is copied too, and none asks for this package."""
     files = {file.stem: file for file in exported.glob("*.py")}
     assert {"configuration_eve", "modeling_eve", "processing_eve"} <= files.keys()
+    assert "language_loss_eve" in files
     assert not {"alignment_eve", "loading"} & files.keys()
     for name, file in files.items():
         assert file.read_bytes() == (SOURCE / f"{name}.py").read_bytes()
@@ -273,7 +275,10 @@ def test_the_code_is_whole_and_needs_only_the_library(exported):
                 )
                 for module in outside:
                     top = module.split(".")[0]
-                    assert top in HUB_LIBRARIES | sys.stdlib_module_names, f"{name}: {module}"
+                    known = HUB_LIBRARIES | HUB_OPTIONAL | sys.stdlib_module_names
+                    assert top in known, f"{name}: {module}"
+        # What the library itself asks for before it loads the file.
+        assert not HUB_OPTIONAL & set(get_imports(file))
 
 
 def test_here_the_folder_needs_no_remote_code(exported):

@@ -275,13 +275,11 @@ def _is_plain(lm_head: nn.Module, states: torch.Tensor) -> bool:
 
 
 def _is_spread(lm_head: nn.Module) -> bool:
-    """Whether a call of the head waits for other processes: DTensors, or DeepSpeed's mark."""
-    from torch.distributed.tensor import DTensor
+    """Whether a call of the head waits for other processes: an FSDP2 unit, or DeepSpeed's mark."""
+    from torch.distributed.fsdp import FSDPModule
 
-    return any(
-        isinstance(parameter, DTensor) or "ds_id" in vars(parameter)
-        for parameter in lm_head.parameters()
-    )
+    units = any(isinstance(module, FSDPModule) for module in lm_head.modules())
+    return units or any("ds_id" in vars(parameter) for parameter in lm_head.parameters())
 
 
 def _computed_in(states: torch.Tensor) -> torch.dtype:

@@ -1,26 +1,34 @@
-"""How much each label of a record counts: every token alike, every record alike, or between them.
+"""How much each label of a record counts in the language loss.
 
-Easy to get wrong: the first token of a record is never foretold, so a label there counts nothing,
-and the number of labels of a record is that of the others.
+The loss is sum(weight x cross-entropy) / sum(weights), so what is equal in the sum counts equally:
+tokens, records, or in between.  Easy to get wrong: the first label of a record is never learnt,
+because no word of the record comes before it to be its prediction's place.
 """
 
 from typing import Literal
 
 import numpy as np
 
-IGNORED = -100
+from eve_vlm.data.encode import IGNORED
+
+LabelWeight = Literal["token", "sample", "sqrt"]
 
 
-def weights_of(labels: np.ndarray, kind: Literal["token", "sample", "sqrt"] | str) -> np.ndarray:
-    """Weights of one record's labels: (T,) labels to (T,) float32.
+def weights_of(labels: np.ndarray, kind: LabelWeight) -> np.ndarray:
+    """Weights of one record's labels: (T,) integers to (T,) float32, 0 where nothing is learnt.
 
-    `token` gives each 1, `sample` 1 / labels of the record, `sqrt` 1 / sqrt(labels of the record).
+    Args:
+        labels: of one record alone, not of a row of several.
+        kind: `token`: every label counts 1; `sample`: those of a record add up to 1; `sqrt`: they
+            add up to the square root of their number.
+
+    >>> weights_of(np.array([7, -100, 7, 7, 7, 7]), "sqrt").tolist()
+    [0.0, 0.0, 0.5, 0.5, 0.5, 0.5]
     """
-    power = {"token": 0.0, "sample": -1.0, "sqrt": -0.5}[kind]
     learnt = labels != IGNORED
     learnt[:1] = False
-    count = max(int(learnt.sum()), 1)
-    return np.where(learnt, np.float32(count**power), np.float32(0)).astype(np.float32)
+    count = max(1, int(learnt.sum()))
+    return learnt * np.float32({"token": 1.0, "sample": 1 / count, "sqrt": count**-0.5}[kind])
 
 
-__all__ = ["weights_of"]
+__all__ = ["LabelWeight", "weights_of"]
