@@ -6,6 +6,7 @@ programs, so the two empty blocks that end a tar are asked for here.
 """
 
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -133,7 +134,7 @@ def walk_tar(file: BinaryIO, path: str, start: int = 0) -> Iterator[tuple[Member
                 if found.isfile():
                     yield Member(found.name, found.offset_data, found.size), tar.offset
             end = tar.offset  # of the first empty block
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path} is no whole tar ({reason}); it is cut short or damaged, so get it again."

@@ -10,6 +10,7 @@ get wrong: in `llava` marks go to the front of their turn, as in the published p
 `messages` they stay where they stand.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -77,7 +78,13 @@ class Form(NamedTuple):
         return None
 
     def record(
-        self, sample: Any, *, place: Callable[[], str], number: str, pictures: PictureFolder
+        self,
+        sample: Any,
+        *,
+        place: Callable[[], str],
+        number: str,
+        pictures: PictureFolder,
+        source: str,
     ) -> Record:
         """One sample as a record, its pictures not opened yet.
 
@@ -86,6 +93,7 @@ class Form(NamedTuple):
             place: says where it stands; called only for a message.
             number: its id where it has none.
             pictures: finds its pictures.
+            source: name of its data set.
 
         Raises:
             ValueError: with its place, if it is not of this form.
@@ -101,7 +109,8 @@ class Form(NamedTuple):
                 raise ValueError(f"it lacks {names}; add it, or say its name in columns.")
             images = _listed(self.get(sample, "image")) if "image" in FIELDS[self.kind] else []
             found = [pictures.find(one, called=f"The picture of {id!r}") for one in images]
-            return _MAKERS[self.kind](id, body, found, pictures)
+            record = _MAKERS[self.kind](id, body, found, pictures)
+            return dataclasses.replace(record, source=source)
         except ValueError as error:
             raise ValueError(f"Record in {place()}: {error}") from None
 

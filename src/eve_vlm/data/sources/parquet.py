@@ -9,7 +9,7 @@ column is not known by its name but by its type, which is binary or a struct wit
 import bisect
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -59,7 +59,7 @@ class ParquetTable:
         import pyarrow as pa
 
         self.path, self.form, self.stamp = path, form, stamp_of(path)
-        file = _open(path)
+        file = parquet_file(path)
         schema = file.schema_arrow
         self._columns = columns_of(path, schema.names, form)
         # A cell with one picture stays unread; lists of pictures come with the words.
@@ -162,7 +162,12 @@ def _bytes_of(metadata: Any, name: str) -> int:
 
 
 @lru_cache(maxsize=8)
-def _open(path: str) -> Any:
+def parquet_file(path: str) -> Any:
+    """An open Parquet file; the last few stay open.
+
+    Raises:
+        ValueError: if it is not there or not whole.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -191,10 +196,41 @@ def _column(path: str, group: int, name: str) -> Any:
 
     with place_is_said(path):
         try:
-            return _open(path).read_row_group(group, columns=[name]).column(name)
+            return parquet_file(path).read_row_group(group, columns=[name]).column(name)
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())[:200].rstrip(".")
             raise ValueError(f"{path} is damaged ({reason}); get the file again.") from None
 
 
-__all__ = ["ParquetTable", "PictureCell", "columns_of"]
+def read_rows(
+    path: str, names: list[str], *, start: int, at_once: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows from a number on, with their numbers; a few are in memory at a time.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    import pyarrow as pa
+
+    file, first = parquet_file(path), 0
+    for group in range(file.num_row_groups):
+        behind = first + file.metadata.row_group(group).num_rows
+        if behind <= start:
+            first = behind
+            continue
+        batches = file.iter_batches(at_once, row_groups=[group], columns=names)
+        while True:
+            with place_is_said(path):
+                try:
+                    batch = next(batches, None)
+                except pa.ArrowException as error:
+                    reason = " ".join(str(error).split())[:200].rstrip(".")
+                    raise ValueError(f"{path} is damaged ({reason}); get it again.") from None
+            if batch is None:
+                break
+            skipped = min(max(start - first, 0), len(batch))
+            yield from enumerate(batch.slice(skipped).to_pylist(), first + skipped)
+            first += len(batch)
+
+
+__all__ = ["ParquetTable", "PictureCell", "columns_of", "parquet_file", "read_rows"]

@@ -83,11 +83,11 @@ class FileSource:
             place=lambda: self.table.place(index),
             number=f"{self.prefix}{index}",
             pictures=self.pictures,
+            source=self.name,
         )
-        images = record.images
-        if self._index is not None:
-            images = self._index.with_sizes(index, images)
-        return dataclasses.replace(record, images=images, source=self.name)
+        if self._index is None:
+            return record
+        return dataclasses.replace(record, images=self._index.with_sizes(index, record.images))
 
 
 class LlavaSource(FileSource):
