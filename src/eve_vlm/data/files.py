@@ -7,6 +7,7 @@ with some schemes only; `s3://` needs s3fs beside it, and a scheme nobody knows 
 import io
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -105,6 +106,11 @@ def place_is_said(path: str | Path) -> Iterator[None]:
         raise ValueError(
             f"{path} begins with {scheme}://, which fsspec does not know; use file://, s3://, "
             "gs://, https:// or a path."
+        ) from None
+    except (EOFError, zlib.error) as error:  # of what is compressed
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"{path} is cut short or damaged ({reason}); get the file again."
         ) from None
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split()) or type(error).__name__

@@ -115,7 +115,7 @@ def read_split(split: str | None) -> Split:
         ValueError: if it is written otherwise.
     """
     found = _SPLIT.match((split or "").strip())
-    ends = () if found is None else [end for end in (found[2], found[3]) if end]
+    ends = () if found is None else [end for end in (found[2], found[3]) if end and end.strip()]
     if found is None or not all(_BOUND.fullmatch(end.strip()) for end in ends):
         raise ValueError(
             f"The split {split!r} is not understood; write a name, [:95%], [1000:2000] or "

@@ -130,10 +130,7 @@ def _lines(path: str, start: int, read: Callable[[bytes, str], Any]) -> Iterator
             file.seek(0)
         while True:
             where = f"{path}, byte {file.tell()}"
-            try:
-                line = file.readline()
-            except EOFError:
-                raise ValueError(f"{path} is cut short ({where}); get the file again.") from None
+            line = file.readline()
             if not line:
                 return
             if line.strip(BLANKS):
@@ -163,7 +160,7 @@ def _tar(path: str, start: int) -> Iterator[tuple[Taken, int]]:
     apart = is_url(path) or path.endswith(PACKED)
     kept = {*TEXT_ENDINGS, *(PICTURE_ENDINGS if apart else ())}
     seen: set[str] = set()
-    with _open(path) as file:
+    with _open(path) as file, place_is_said(path):
         walk = walk_tar(file, path, start)
         for key, group in itertools.groupby(walk, key=lambda found: found[0].key):
             if key in seen:
