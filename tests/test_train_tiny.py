@@ -487,11 +487,11 @@ def test_meta_build_is_the_real_model(make, monkeypatch):
     """The same names and shapes, without a number in memory."""
     recipe = make()
     seen = []
-    plain = run_module.select_trainable
+    plain = run_module.make_trainable
     monkeypatch.setattr(
         run_module,
-        "select_trainable",
-        lambda model, stage: (seen.append(model), plain(model, stage)),
+        "make_trainable",
+        lambda model, recipe: (seen.append(model), plain(model, recipe)),
     )
     describe(recipe)
     (made,) = seen

@@ -4,6 +4,7 @@ Every load says which weights were missing or surplus, or fails.  Easy to get wr
 fills missing weights with random numbers and drops surplus ones with a warning at most; here both
 are errors that list them, save for those a caller allows by name and those that a class lists in
 `_keys_to_ignore_on_load_unexpected` (the teacher's copies of a published checkpoint, an aligner).
+A LoRA folder is loaded as the model that it makes of its base.
 """
 
 import json
@@ -27,13 +28,16 @@ from .alignment_eve import EveForPreTraining
 from .checkpoint_files import list_weights
 from .configuration_eve import EveConfig
 from .errors import check_loaded, first_line, listed
+from .export.merge_lora import merge_lora
+from .lora_folder import attach_adapter, check_base, find_base, has_aligner, is_lora, read_weights
 from .modeling_eve import EveForConditionalGeneration
 from .output_folder import require_room
 from .processing_eve import EveProcessor
 from .published_eve import is_published
-from .quantization import check_quantized, quantization_config
+from .quantization import check_quantized, is_quantized, quantization_config
 
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 class Loaded(NamedTuple):
@@ -148,6 +152,8 @@ def load_config(name_or_folder: str | Path) -> EveConfig:
         ValueError: if there is none, or it is of another kind of model.
     """
     place = Path(name_or_folder).expanduser()
+    if is_lora(place) and not (place / "config.json").is_file():
+        return load_config(find_base(place))  # PEFT's own folders have no configuration
     if not place.exists():
         if not _may_be_hub_id(str(name_or_folder)):
             raise ValueError(f"{name_or_folder} is not there; name a folder, a file or a Hub id.")
@@ -224,7 +230,8 @@ def require_model_folder(folder: str | Path) -> Path:
         ValueError: if it is not there or holds something else.
     """
     folder = Path(folder)
-    _config_file(folder)  # here a name that is no folder is not looked up on the Hub
+    if not is_lora(folder):
+        _config_file(folder)  # here a name that is no folder is not looked up on the Hub
     load_config(folder)
     return folder
 
@@ -242,7 +249,8 @@ def load_model(
     """Loads a folder; with `config.alignment_config`, the training class with the aligner.
 
     Args:
-        folder: what `save_pretrained` wrote, or a published checkpoint.
+        folder: what `save_pretrained` wrote, or a published checkpoint; or a LoRA folder, whose
+            adapters are merged into its base, or stand beside the weights of a quantized one.
         config: settings to use instead of the folder's own.
         dtype: type of the weights; None keeps the saved one.
         new: regular expressions of weights that may be missing and start fresh.
@@ -250,6 +258,17 @@ def load_model(
         device: where weights are quantized, one by one, and stay; otherwise they stay on the CPU.
     """
     folder = require_model_folder(folder)
+    if is_lora(folder):
+        return load_with_lora(
+            find_model(find_base(folder)),
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            new=new,
+            quantize=quantize,
+            device=device,
+        )[0]
     list_weights(folder)  # every file is whole, and none wants to run code
     changes = {} if quantize is None else _quantized(folder, quantize, dtype, device)
     training = config is not None and config.alignment_config is not None
@@ -284,6 +303,36 @@ def load_model(
     return model
 
 
+def load_with_lora(
+    base: str | Path,
+    folder: str | Path,
+    *,
+    any_base: bool = False,
+    config: EveConfig | None = None,
+    new: Iterable[str] = (),
+    **settings: Any,
+) -> tuple[EveForConditionalGeneration, list[str]]:
+    """The model that a LoRA folder makes of its base; further arguments as `load_model` has them.
+
+    Returns:
+        The model, merged unless the base's weights are quantized, and sentences about what the
+        folder brought.
+
+    Raises:
+        ValueError: if the base is another model (and not `any_base`), or any weight is missing or
+            left over.
+    """
+    remark = None if any_base else check_base(folder, base)
+    if has_aligner(read_weights(folder)):
+        new = [*new, r"aligner\."]  # the base may have none
+    model = load_model(base, config=config, new=new, **settings)
+    if any(is_quantized(weight) for weight in model.parameters()):
+        attach_adapter(model, folder, base=base)
+        return model, ["The adapters stand beside the quantized weights."]
+    merged, notes = merge_lora(model, folder, base=base, any_base=True, progress=False)
+    return merged, [*notes, remark] if remark else notes
+
+
 def _quantized(folder: Path, kind: str, dtype: torch.dtype | None, device: str) -> dict[str, Any]:
     """What `from_pretrained` takes so that weights are quantized where they will stay."""
     config = load_config(folder)
@@ -299,6 +348,8 @@ def load_processor(
     folder: str | Path, *, longest_edge: int | None = None, size_multiple: int | None = None
 ) -> EveProcessor:
     """Loads a saved processor, with other picture sizes where given."""
+    if is_lora(folder) and not any((Path(folder) / name).is_file() for name in PROCESSOR_FILES):
+        folder = find_model(find_base(folder))  # PEFT's own folders have none
     try:
         processor = EveProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -322,5 +373,6 @@ __all__ = [
     "load_config",
     "load_model",
     "load_processor",
+    "load_with_lora",
     "require_model_folder",
 ]

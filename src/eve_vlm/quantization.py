@@ -92,4 +92,22 @@ def is_quantized(weight: torch.Tensor) -> bool:
     return not weight.is_floating_point() or type(weight.data) is not torch.Tensor
 
 
-__all__ = ["FULL_PRECISION", "KINDS", "check_quantized", "is_quantized", "quantization_config"]
+def count_weights(weight: torch.Tensor) -> int:
+    """How many weights a tensor holds; two of 4 bits lie in one byte."""
+    if weight.is_floating_point() or not is_bitsandbytes_available():
+        return weight.numel()
+    from bitsandbytes.nn import Params4bit
+
+    if isinstance(weight, Params4bit) and weight.quant_state is not None:
+        return weight.quant_state.shape.numel()
+    return weight.numel()
+
+
+__all__ = [
+    "FULL_PRECISION",
+    "KINDS",
+    "check_quantized",
+    "count_weights",
+    "is_quantized",
+    "quantization_config",
+]

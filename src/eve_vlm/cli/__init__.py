@@ -13,7 +13,7 @@ import typer
 from .asking import ask
 from .chatting import chat
 from .comparing import parity
-from .exporting import export
+from .exporting import export, merge
 from .fetching import assets_app
 from .health import doctor
 from .looking import inspect
@@ -53,7 +53,7 @@ def _root(
 # In the order of `eve --help`.
 COMMANDS = (
     *(init, train, quickstart, ask, chat, demo, look, serve, parity),
-    *(inspect, fits, convert, export, doctor),
+    *(inspect, fits, convert, merge, export, doctor),
 )
 for command in COMMANDS:
     app.command()(command)

@@ -1,13 +1,16 @@
-"""The command that exports: `eve export` writes a model for others, merged and whole.
+"""The commands that write a model anew: `eve export` for others, `eve merge` a run with LoRA.
 
-What it prints at the end says what came along and what stayed behind; the work is in
+What they print at the end says what came along and what stayed behind; the work is in
 `eve_vlm.export`, imported inside so that `eve --help` does not wait for it.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from eve_vlm.export.folder import Exported
 
 
 def export(
@@ -51,6 +54,35 @@ def export(
         shard_size=shard_size,
         llama_cpp=llama_cpp,
     )
+    _show(done)
+
+
+def merge(
+    run: Annotated[
+        Path, typer.Argument(help="A run with LoRA, one of its checkpoints, or a PEFT folder.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model that it was trained on; found by itself where it is at hand."),
+    ] = None,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Take a base that is not known as the run's own.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; the base's own if left out.")
+    ] = None,
+) -> None:
+    """Merge a run with LoRA into its base: a plain folder, which later stages can start from.
+
+    eve merge runs/lora runs/merged
+    """
+    from eve_vlm.export.merged_run import merge_run
+
+    _show(merge_run(run, out, base=base, any_base=any_base, dtype=dtype))
+
+
+def _show(done: "Exported") -> None:
     for note in done.notes:
         typer.echo(note)
     typer.echo(
@@ -59,4 +91,4 @@ def export(
     )
 
 
-__all__ = ["export"]
+__all__ = ["export", "merge"]

@@ -239,13 +239,15 @@ def rows_of(subject: Subject, asked: Asked) -> "list[tuple[str, Workload]]":
     """(name, workload for a CPU) of every line to show."""
     if asked.task is Task.answer:
         return [("answer", _answering(subject, asked))]
+    recipe = subject.recipe
+    rank = asked.lora or (recipe.lora.rank if recipe and recipe.lora else 0)
     if asked.task is Task.train:
         stage = asked.stage or _stage_of(subject)
-        return [(_title(stage, asked.lora or 0), _training(subject, asked, stage, asked.lora or 0))]
+        return [(_title(stage, rank), _training(subject, asked, stage, rank))]
     rows = [("answer", _answering(subject, asked))]
     for stage in [asked.stage] if asked.stage else list(Stage):
-        ranks = (0,) if stage is Stage.prealign else (0, asked.lora or USUAL_RANK)
-        rows += [(_title(stage, rank), _training(subject, asked, stage, rank)) for rank in ranks]
+        ranks = (0,) if stage is Stage.prealign else (0, rank or USUAL_RANK)
+        rows += [(_title(stage, one), _training(subject, asked, stage, one)) for one in ranks]
     return rows
 
 

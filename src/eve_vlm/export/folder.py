@@ -15,9 +15,10 @@ import torch
 
 from eve_vlm.configuration_eve import EveConfig
 from eve_vlm.export.decoder import require_converter, require_gguf, write_decoder, write_gguf
-from eve_vlm.export.merge_lora import check_base, merge_lora, require_adapter
+from eve_vlm.export.merge_lora import merge_lora
 from eve_vlm.image_processing_eve import EveImageProcessor
 from eve_vlm.loading import find_model, load_model, load_processor
+from eve_vlm.lora_folder import check_base, require_adapter
 from eve_vlm.modeling_eve import EveForConditionalGeneration, EveModel
 from eve_vlm.output_folder import new_folder, require_new
 from eve_vlm.processing_eve import EveProcessor
@@ -81,9 +82,9 @@ def export(
     if format == "gguf":
         require_gguf()
     if lora is not None:
-        adapter = require_adapter(lora)
+        require_adapter(lora)
         if not any_base:
-            check_base(adapter, name_or_folder)
+            check_base(lora, name_or_folder)
     folder = find_model(name_or_folder)
     processor = load_processor(folder)
     model = load_model(folder)

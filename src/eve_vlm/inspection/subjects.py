@@ -280,13 +280,14 @@ def _picture_facts(file: Path, settings: Iterable[PictureSettings]) -> PictureFa
 
 def _recipe_facts(name: str, sizes: Sequence[tuple[int, int]]) -> RecipeFacts:
     from eve_vlm.train.build import picture_settings as recipe_pictures
-    from eve_vlm.train.parameters import optimizer_groups, parameter_table, select_trainable
+    from eve_vlm.train.lora import make_trainable
+    from eve_vlm.train.parameters import optimizer_groups, parameter_table
     from eve_vlm.train.recipe import load_recipe
     from eve_vlm.train.run import model_on_meta
 
     recipe: Recipe = load_recipe(name)
     model = model_on_meta(recipe)
-    select_trainable(model, recipe.stage)
+    make_trainable(model, recipe)
     groups = tuple(
         GroupFact(
             tensors=len(group["params"]),

@@ -22,6 +22,7 @@ from eve_vlm.image_processing_eve import EveImageProcessor
 from eve_vlm.loading import load_config, load_model, load_processor, require_model_folder
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.processing_eve import EveProcessor
+from eve_vlm.train.lora import base_settings
 from eve_vlm.train.sections import Recipe
 from eve_vlm.train.teacher import FrozenTeacher
 
@@ -66,7 +67,7 @@ def build_model(
     section = recipe.model
     dtype = getattr(torch, section.dtype)
     if section.init_from is not None:
-        config = EveConfig.from_pretrained(section.init_from)
+        config = load_config(section.init_from)
         decoder_config(recipe)  # says if the recipe's text_config does not agree
         _check_vision(recipe, config)
         config.alignment_config = _alignment_config(recipe, teacher_width)
@@ -76,6 +77,7 @@ def build_model(
             dtype=dtype,
             attn_implementation=section.attn_implementation,
             new=[r"aligner\."],
+            **base_settings(recipe),
         )
     elif section.decoder is not None:
         decoder_config(recipe)  # says if the recipe's text_config does not agree
@@ -142,7 +144,7 @@ def decoder_config(recipe: Recipe, *, start: bool = True) -> dict:
         found = read_decoder_config(section.decoder).to_dict()
     elif start and section.init_from is not None:
         folder = require_model_folder(section.init_from)
-        found = EveConfig.from_pretrained(folder).text_config.to_dict()
+        found = load_config(folder).text_config.to_dict()
     elif not expected:
         raise ValueError(
             f"{section.init_from or section.decoder} is not at hand and model.text_config does not "

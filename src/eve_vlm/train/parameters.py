@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from eve_vlm.quantization import count_weights
 from eve_vlm.train.sections import StageSection
 
 NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -34,12 +35,12 @@ def select_trainable(model: nn.Module, stage: StageSection) -> list[str]:
     Raises:
         ValueError: If a glob matches no parameter.
     """
-    names = _names_of(model)
+    names = names_of(model)
     everything = [alias for aliases in names.values() for alias in aliases]
-    _require_matches(stage.trainable, everything, key="stage.trainable", kind="parameter")
+    require_matches(stage.trainable, everything, key="stage.trainable", kind="parameter")
     chosen = []
     for name, parameter in model.named_parameters():
-        learns = _matches_any(names[parameter], stage.trainable)
+        learns = matches_any(names[parameter], stage.trainable)
         parameter.requires_grad_(learns)
         if learns:
             chosen.append(name)
@@ -70,26 +71,26 @@ def optimizer_groups(model: nn.Module, stage: StageSection) -> list[dict]:
 
 def parameter_settings(model: nn.Module, stage: StageSection) -> list[ParameterSetting]:
     """Learning rate and weight decay of every trainable parameter, in the order of the model."""
-    names = _names_of(model)
+    names = names_of(model)
     trainable = {
         parameter: aliases for parameter, aliases in names.items() if parameter.requires_grad
     }
     learning = [alias for aliases in trainable.values() for alias in aliases]
     globs = list(stage.learning_rates)
-    _require_matches(globs, learning, key="stage.learning_rates", kind="trainable parameter")
+    require_matches(globs, learning, key="stage.learning_rates", kind="trainable parameter")
     _require_first_matches(globs, learning)
     everything = [alias for aliases in names.values() for alias in aliases]
-    _require_matches(stage.no_decay, everything, key="stage.no_decay", kind="parameter")
+    require_matches(stage.no_decay, everything, key="stage.no_decay", kind="parameter")
     plain = _parameters_without_decay(model)
     settings = []
     for parameter, aliases in trainable.items():
-        glob = next((glob for glob in globs if _matches_any(aliases, [glob])), None)
+        glob = next((glob for glob in globs if matches_any(aliases, [glob])), None)
         if glob is None:
             raise ValueError(
                 f"stage.learning_rates: no glob matches the trainable parameter {aliases[0]!r}; "
                 f"add a line for it or a last line '*' for all the rest"
             )
-        exempt = parameter in plain or _matches_any(aliases, stage.no_decay)
+        exempt = parameter in plain or matches_any(aliases, stage.no_decay)
         decay = 0.0 if exempt else stage.weight_decay
         settings.append(ParameterSetting(aliases[0], parameter, stage.learning_rates[glob], decay))
     return settings
@@ -101,15 +102,17 @@ def parameter_table(model: nn.Module, stage: StageSection) -> str:
     rows: dict[tuple[str, ...], list[int]] = {}
     for name, parameter in model.named_parameters():
         part = ".".join(name.split(".")[:-1][:2]) or name
+        if ".lora_" in name:
+            part += " (LoRA)"
         marks = ("no", "-", "-")
         if setting := settings.get(parameter):
             marks = ("yes", f"{setting.learning_rate:.2e}", f"{setting.weight_decay:g}")
-        rows.setdefault((part, *marks), []).append(parameter.numel())
+        rows.setdefault((part, *marks), []).append(count_weights(parameter))
     header = ("part", "tensors", "parameters", "trained", "learning rate", "weight decay")
     lines: list[tuple[str, ...]] = [header]
     for (part, *rest), sizes in rows.items():
         lines.append((part, str(len(sizes)), human_count(sum(sizes)), *rest))
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(count_weights(parameter) for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in settings)
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     text = [_aligned(line, widths) for line in lines]
@@ -140,7 +143,7 @@ def _aligned(line: Sequence[str], widths: list[int]) -> str:
     return "  ".join(cells)
 
 
-def _names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+def names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     """Every parameter with all its names; tied weights have more than one."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -165,13 +168,19 @@ def _parameters_without_decay(model: nn.Module) -> set[nn.Parameter]:
     return exempt
 
 
-def _matches_any(names: Iterable[str], globs: Iterable[str]) -> bool:
+def matches_any(names: Iterable[str], globs: Iterable[str]) -> bool:
+    """Whether any of the names fits any of the globs."""
     return any(fnmatchcase(name, glob) for glob in globs for name in names)
 
 
-def _require_matches(globs: Iterable[str], names: list[str], *, key: str, kind: str) -> None:
+def require_matches(globs: Iterable[str], names: list[str], *, key: str, kind: str) -> None:
+    """Refuses a glob that fits none of the names.
+
+    Raises:
+        ValueError: with the nearest names.
+    """
     for glob in globs:
-        if _matches_any(names, [glob]):
+        if matches_any(names, [glob]):
             continue
         paths = [name.split(".")[:-1] for name in names]
         parts = {".".join([*path[:depth], "*"]) for path in paths for depth in (1, 2, 3)}
@@ -187,7 +196,7 @@ def _require_first_matches(globs: list[str], names: list[str]) -> None:
     """Refuse a glob that an earlier one leaves nothing to decide."""
     for index, glob in enumerate(globs):
         mine = [name for name in names if fnmatchcase(name, glob)]
-        if all(_matches_any([name], globs[:index]) for name in mine):
+        if all(matches_any([name], globs[:index]) for name in mine):
             raise ValueError(
                 f"stage.learning_rates: the glob {glob!r} is idle, because the lines above it "
                 f"match all its parameters first; move it up or remove it"

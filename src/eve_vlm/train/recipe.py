@@ -207,6 +207,7 @@ def _check_values(recipe: Recipe, origin: Origin) -> None:
         origin.fail(("data", "max_bad_share"), problem)
     _check_sources(data.sources, origin)
     _check_stage(stage, origin)
+    _check_lora(recipe, origin)
 
 
 def _check_sources(sources: list[SourceSection], origin: Origin) -> None:
@@ -245,6 +246,32 @@ def _check_stage(stage: StageSection, origin: Origin) -> None:
             origin.fail(
                 ("stage", "alignment"), "must be null in the stage language; it has no pictures"
             )
+
+
+def _check_lora(recipe: Recipe, origin: Origin) -> None:
+    """The section against itself, the start and the devices."""
+    section = recipe.lora
+    if section is None:
+        return
+    _positive(("lora", "rank"), section.rank, origin)
+    _positive(("lora", "alpha"), section.alpha, origin)
+    if not 0 <= section.dropout < 1:
+        problem = f"must be at least 0 and below 1, but it is {section.dropout}; 0.05 is usual"
+        origin.fail(("lora", "dropout"), problem)
+    if section.target_modules == []:
+        origin.fail(("lora", "target_modules"), "is an empty list; give names, or null for all")
+    if recipe.model.init_from is None:
+        problem = (
+            "needs a saved model that adapters belong to, and this recipe makes a new one; run "
+            "`eve init` first and give its folder as model.init_from"
+        )
+        origin.fail(("lora",), problem)
+    if section.quantize is not None and recipe.devices.strategy != "ddp":
+        problem = (
+            f"is {section.quantize}, and quantized weights are not spread by "
+            f"{recipe.devices.strategy}; take devices.strategy: ddp, or null here"
+        )
+        origin.fail(("lora", "quantize"), problem)
 
 
 def _positive(key: tuple[str, ...], value: float, origin: Origin) -> None:

@@ -29,10 +29,11 @@ from eve_vlm.train.build import (
     picture_settings,
     teacher_width_or_usual,
 )
-from eve_vlm.train.parameters import parameter_table, select_trainable
+from eve_vlm.train.lora import make_trainable, trainer_of
+from eve_vlm.train.parameters import parameter_table
 from eve_vlm.train.recipe import resolved_yaml, training_arguments_dict
 from eve_vlm.train.sections import Recipe
-from eve_vlm.train.trainer import EveTrainer, StageProgress
+from eve_vlm.train.trainer import StageProgress
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     processor = build_processor(recipe, records)
     teacher = build_teacher(recipe)
     model = build_model(recipe, processor, teacher.hidden_size if teacher else None)
-    select_trainable(model, recipe.stage)
+    make_trainable(model, recipe)
     encoder = Encoder(
         processor,
         format=recipe.data.format,
@@ -84,7 +85,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
         (output / RECIPE_FILE).write_text(resolved_yaml(recipe), encoding="utf-8")
         table = parameter_table(model, recipe.stage)
         (output / "parameters.txt").write_text(table + "\n", encoding="utf-8")
-    trainer = EveTrainer(
+    trainer = trainer_of(recipe, processor)(
         model=model,
         args=arguments,
         train_dataset=EncodedDataset(records, encoder),
@@ -159,7 +160,7 @@ def describe(recipe: Recipe) -> str:
     Builds the model without memory for its weights, so it works for any size on any machine.
     """
     model = model_on_meta(recipe)
-    select_trainable(model, recipe.stage)
+    make_trainable(model, recipe)
     arguments = recipe.training
     sequences = arguments["per_device_train_batch_size"] * arguments.get(
         "gradient_accumulation_steps", 1
