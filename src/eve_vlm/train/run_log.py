@@ -1,0 +1,83 @@
+"""The log of a run as a file: a line of JSON for everything that is logged, written at once.
+
+What is in a checkpoint ends with it, and a tracker may be on another machine; this file is there
+after a crash too, and `report.html` is drawn from it.  Easy to get wrong: a run that is resumed
+goes back to its last checkpoint, so lines of later steps are taken out first, or every curve would
+run over itself.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from eve_vlm.output_folder import written_whole
+
+LOG_FILE = "log.jsonl"
+
+
+class RunLog(TrainerCallback):
+    """Writes `log.jsonl` in the folder of the run, from its first process."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / LOG_FILE
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        """Takes lines out that a resumed run will write again; notes how far it shall go."""
+        if state.is_world_process_zero:
+            cut_lines(self.file, behind=state.global_step)
+            self._write(state, {"max_steps": state.max_steps})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: Any,
+        control: Any,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds a line of all figures; texts are for trackers."""
+        figures = {
+            name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))
+        }
+        if state.is_world_process_zero and figures:
+            self._write(state, figures)
+
+    def _write(self, state: Any, entry: dict[str, Any]) -> None:
+        where = {"step": state.global_step, "time": round(time.time(), 3)}
+        append_lines(self.file, [where | entry])
+
+
+def append_lines(file: Path, entries: list[dict[str, Any]]) -> None:
+    """Adds lines of JSON in one write, so that a stop leaves whole lines or at most a last half."""
+    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(text)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """All whole lines of a file; none if it is not there.
+
+    The last line may have been cut off by a crash, and is then left out.
+    """
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    # What stands behind the last line break is no whole line.
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def cut_lines(file: Path, *, behind: int) -> None:
+    """Takes out lines of steps behind one, and a last line that is not whole."""
+    if file.is_file():
+        kept = [entry for entry in read_lines(file) if entry["step"] <= behind]
+        with written_whole(file) as part:
+            part.touch()
+            append_lines(part, kept)
+
+
+__all__ = ["LOG_FILE", "RunLog", "append_lines", "cut_lines", "read_lines"]
