@@ -10,6 +10,7 @@ import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
 import tiny
+from eve_vlm import pictures
 from eve_vlm.data.picture_ref import (
     PictureBytes,
     PictureFile,
@@ -129,7 +130,7 @@ def places(folder):
     with zipfile.ZipFile(folder / "a.zip", "w") as archive:
         archive.write(file, "in/a.jpg")
     return {
-        "file": PictureFile(name="a", path=file),
+        "file": PictureFile(name="a", path=str(file)),
         "url": PictureUrl(name="a", url=f"file://{file}"),
         "zip": PictureUrl(name="a", url=f"zip://in/a.jpg::{folder}/a.zip"),
         "part": PicturePart(
@@ -161,7 +162,7 @@ def test_an_open_picture_stays_as_it_is():
 
 
 def test_a_known_size_reads_nothing(tmp_path):
-    ref = PictureFile(name="a", path=tmp_path / "none.png", known_size=(3, 4))
+    ref = PictureFile(name="a", path=str(tmp_path / "none.png"), known_size=(3, 4))
     assert ref.size() == size_of_image(ref) == (3, 4)
     assert "is not a file" in tiny.refused(ref.header_size)
 
@@ -194,3 +195,34 @@ def test_a_part_beyond_the_end_is_told(tmp_path):
     for path in (str(file), f"file://{file}"):
         ref = PicturePart(name="a", path=path, offset=90, length=20)
         assert "ends 10 bytes too early" in tiny.refused(ref.open)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_plain_jpegs_are_read_without_pillow(monkeypatch, mode, progressive):
+    """The short way is taken, and gives what Pillow gives."""
+    for size in ((1, 1), (640, 480), (31, 17), (17, 5000)):
+        file = io.BytesIO()
+        Image.new(mode, size).save(file, "JPEG", progressive=progressive, comment=b"\xff\xc0 hi")
+        assert Image.open(file).size == size
+        with monkeypatch.context() as patched:
+            patched.setattr(pictures, "_begin", None)
+            assert picture_size(file.getvalue(), name="x") == size
+        file.seek(0)
+        assert picture_size(file, name="x") == read_picture(file.getvalue(), name="x").size
+
+
+def test_jpegs_with_bytes_spoiled_never_disagree():
+    """Whatever byte of the head is changed: the size of Pillow, or a refusal, or Pillow's refusal."""
+    data, agreed = CASES["JPEG"], 0
+    dice = np.random.default_rng(0)
+    for _ in range(1500):
+        spoiled = bytearray(data)
+        spoiled[dice.integers(0, 700)] = dice.integers(0, 256)
+        try:
+            expected = read_picture(bytes(spoiled), name="x").size
+        except ValueError:
+            continue
+        assert picture_size(bytes(spoiled), name="x") == expected
+        agreed += 1
+    assert agreed > 500

@@ -19,7 +19,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(::[A-Za-z][A-Za-z0-9+.\-]*)*://")
 
 def is_url(path: str | Path) -> bool:
     """Whether fsspec has to open it: anything that begins with a scheme and `://`."""
-    return isinstance(path, str) and _URL.match(path) is not None
+    return isinstance(path, str) and "://" in path and _URL.match(path) is not None
 
 
 def open_file(path: str | Path) -> BinaryIO:
@@ -30,7 +30,7 @@ def open_file(path: str | Path) -> BinaryIO:
     """
     with place_is_said(path):
         if not is_url(path):
-            return Path(path).open("rb")
+            return open(path, "rb")
         system, inside = url_system(str(path))
         return cast(BinaryIO, system.open(inside, "rb"))
 

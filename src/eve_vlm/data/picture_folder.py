@@ -7,6 +7,7 @@ absolute path an inside one, for data sets that were written with whole paths.
 
 import base64
 import binascii
+import os
 import posixpath
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,7 +70,7 @@ class PictureFolder:
         if is_url(name):
             return PictureUrl(name=name, url=name)
         if self.free and Path(name).is_absolute():
-            return PictureFile(name=name, path=Path(name))
+            return PictureFile(name=name, path=name)
         if is_url(self.place):
             inside = self._inside(name)
             # Into an archive, the name goes in front: zip://a.jpg::s3://bucket/pictures.zip.
@@ -89,8 +90,8 @@ class PictureFolder:
                 offset=member.offset,
                 length=member.length,
             )
-        path = Path(self.place, self._inside(name))
-        return PictureFile(name=str(path), path=path)
+        path = os.path.join(self.place, self._inside(name))
+        return PictureFile(name=path, path=path)
 
     def _inside(self, name: str) -> str:
         """The name, counted from the folder and checked to stay in it."""

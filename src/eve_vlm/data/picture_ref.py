@@ -62,8 +62,8 @@ class PictureRef:
 class PictureFile(PictureRef):
     """A picture file on a disk."""
 
-    path: Path
-    """The file."""
+    path: str
+    """The file; a text, since a million paths as objects take seconds."""
 
     def read(self) -> bytes:
         """The whole file."""
@@ -159,7 +159,7 @@ def size_of_image(image: Image.Image | Path | PictureRef) -> tuple[int, int]:
         return (image.height, image.width) if turned else image.size
     if isinstance(image, PictureRef):
         return image.size()
-    return PictureFile(name=str(image), path=image).size()
+    return PictureFile(name=str(image), path=str(image)).size()
 
 
 __all__ = [

@@ -47,7 +47,7 @@ class Mixture:
         *,
         weights: Sequence[float] | None = None,
     ):
-        self.sources = list(sources)
+        self.name, self.sources = "mixture", list(sources)
         sizes = [len(source) for source in sources]
         if weights is not None:
             whole = sum(weights)
