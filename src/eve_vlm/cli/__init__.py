@@ -13,6 +13,7 @@ import typer
 from .asking import ask
 from .chatting import chat
 from .comparing import parity
+from .data import data_app
 from .exporting import export, merge
 from .fetching import assets_app
 from .health import doctor
@@ -57,6 +58,7 @@ COMMANDS = (
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(data_app, name="data")
 app.add_typer(assets_app, name="assets")
 
 

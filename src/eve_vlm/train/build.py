@@ -13,7 +13,7 @@ import torch
 from eve_vlm.alignment_eve import EveForPreTraining
 from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
 from eve_vlm.data.records import Record, parts_of
-from eve_vlm.data.sources import Mixture, build_source
+from eve_vlm.data.sources import Mixture, build_mixture
 from eve_vlm.data.tokenizer import train_tokenizer
 from eve_vlm.decoders.joining import pad_with_something, put_decoder, settle_generation
 from eve_vlm.decoders.loading import load_decoder, load_decoder_tokenizer, read_decoder_config
@@ -184,17 +184,7 @@ def _check_vision(recipe: Recipe, config: EveConfig) -> None:
 
 def build_records(recipe: Recipe) -> Mixture:
     """All sources of the recipe as one."""
-    sources = [
-        build_source(
-            source.kind,
-            path=source.path,
-            image_folder=source.image_folder,
-            options=source.options,
-            seed=recipe.seed,
-        )
-        for source in recipe.data.sources
-    ]
-    return Mixture(sources, [source.repeat for source in recipe.data.sources])
+    return build_mixture(recipe.data.sources, seed=recipe.seed, quarantine=recipe.data.quarantine)
 
 
 def build_teacher(recipe: Recipe) -> FrozenTeacher | None:
