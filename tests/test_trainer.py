@@ -22,7 +22,7 @@ from eve_vlm.train.data_log import DataLog
 from eve_vlm.train.parameters import select_trainable
 from eve_vlm.train.sections import AlignmentSection, StageSection
 from eve_vlm.train.teacher import FrozenTeacher
-from eve_vlm.train.trainer import EveTrainer, StageProgress
+from eve_vlm.train.trainer import EveTrainer
 
 SAME = 1e-5
 CELLS = tiny.EDGE // tiny.MULTIPLE

@@ -20,7 +20,7 @@ class LayerTaps:
     """
 
     def __init__(self, decoder: nn.Module, taps: tuple[int, ...] | None):
-        self.layers = cast(nn.ModuleList, _layers_of(decoder))
+        self.layers = layers_of(decoder)
         self.taps = taps
         self.outputs: dict[int, torch.Tensor] = {}
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -50,12 +50,12 @@ class LayerTaps:
         return tuple(self.outputs[tap][mask] for tap in self.taps)
 
 
-def _layers_of(decoder: nn.Module) -> nn.Module:
+def layers_of(decoder: nn.Module) -> nn.ModuleList:
     """The decoder's layers: `layers` nearly everywhere, else its first list (GPT-2, Falcon)."""
     children = dict(decoder.named_children())
     if "layers" in children:
-        return children["layers"]
+        return cast(nn.ModuleList, children["layers"])
     return next(module for module in decoder.modules() if isinstance(module, nn.ModuleList))
 
 
-__all__ = ["LayerTaps"]
+__all__ = ["LayerTaps", "layers_of"]

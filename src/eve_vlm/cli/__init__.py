@@ -13,6 +13,7 @@ import typer
 from .asking import ask
 from .chatting import chat
 from .comparing import parity
+from .comparing_runs import compare_run
 from .data import data_app
 from .exporting import export, merge
 from .fetching import assets_app
@@ -22,6 +23,7 @@ from .looking_where import look
 from .machine import fits
 from .models import convert
 from .paging import demo
+from .reporting import report
 from .serving import serve
 from .starting import init
 from .training import quickstart, train
@@ -53,7 +55,7 @@ def _root(
 
 # In the order of `eve --help`.
 COMMANDS = (
-    *(init, train, quickstart, ask, chat, demo, look, serve, parity),
+    *(init, train, report, compare_run, quickstart, ask, chat, demo, look, serve, parity),
     *(inspect, fits, convert, merge, export, doctor),
 )
 for command in COMMANDS:

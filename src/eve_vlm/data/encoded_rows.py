@@ -11,6 +11,9 @@ from eve_vlm.data.encode import BadRecord, EncodedRecord, Encoder
 from eve_vlm.data.records import Record
 from eve_vlm.data.sources import Source
 
+Member = int | Record | BadRecord
+"""What a row holds: the number of a record, the record, or why a stream could not give it."""
+
 
 class EncodedRows:
     """Records of a source by rows of their numbers.
@@ -27,12 +30,14 @@ class EncodedRows:
         """Number of records, 0 where it is not known."""
         return 0 if self.records is None else len(self.records)
 
-    def __getitem__(self, row: Sequence[int | Record]) -> list[EncodedRecord | BadRecord]:
+    def __getitem__(self, row: Sequence[Member]) -> list[EncodedRecord | BadRecord]:
         """The records of a row as arrays, or the reasons why they cannot be."""
         return [self.encoded(member) for member in row]
 
-    def encoded(self, member: int | Record) -> EncodedRecord | BadRecord:
+    def encoded(self, member: Member) -> EncodedRecord | BadRecord:
         """One record, by its number or as it is."""
+        if isinstance(member, BadRecord):
+            return member
         if not isinstance(member, Record):
             assert self.records is not None
             try:

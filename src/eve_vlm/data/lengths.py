@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from eve_vlm.data.encode import Encoder
 from eve_vlm.data.packing import Size
-from eve_vlm.data.sources import Source
+from eve_vlm.data.sources import Mixture, Source
 from eve_vlm.output_folder import written_whole
 
 logger = logging.getLogger(__name__)
@@ -36,23 +36,44 @@ class Lengths(NamedTuple):
     patches: np.ndarray
     """(records,) int32."""
 
-    def of(self, indices: Sequence[int]) -> list[Size]:
-        """The sizes of some records."""
-        chosen = np.asarray(indices, np.int64)
-        pairs = zip(self.tokens[chosen].tolist(), self.patches[chosen].tolist(), strict=True)
-        return [Size(*pair) for pair in pairs]
+
+class MixtureLengths:
+    """Sizes of the records of a mixture, each source measured once however often it is used.
+
+    Args:
+        records: the mixture.
+        encoder: knows what a record takes.
+        folder: where measured sizes are kept.
+        workers: processes that measure.
+    """
+
+    def __init__(self, records: Mixture, encoder: Encoder, *, folder: Path, workers: int = 0):
+        self.records = records
+        self.by_source = [
+            measured_lengths(source, encoder, folder=folder, workers=workers)
+            for source in records.sources
+        ]
+
+    def __call__(self, indices: Sequence[int]) -> list[Size]:
+        """The sizes of some records of the mixture by their numbers."""
+        found = []
+        for index in indices:
+            number, place = self.records.locate(index)
+            lengths = self.by_source[number]
+            found.append(Size(int(lengths.tokens[place]), int(lengths.patches[place])))
+        return found
 
 
 def measured_lengths(
-    records: Source, encoder: Encoder, *, fingerprint: str, folder: Path, workers: int = 0
+    records: Source, encoder: Encoder, *, folder: Path, workers: int = 0
 ) -> Lengths:
-    """Sizes of all records, from `folder` where they are kept there, else measured and kept.
+    """Sizes of all records of a source, kept in `folder`; measured where they are not there.
 
     Args:
-        fingerprint: says which data these are; with the encoder's settings it names the file.
         workers: processes that measure.
     """
-    name = hashlib.sha256(f"{fingerprint}\n{_settings_of(encoder)}".encode()).hexdigest()[:32]
+    key = f"{records.fingerprint}\n{_settings_of(encoder)}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
     file = folder / f"{name}.npy"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
@@ -69,7 +90,7 @@ def measured_lengths(
 
 def measure(records: Source, encoder: Encoder, *, workers: int = 0) -> Lengths:
     """Sizes of all records; one that cannot be used takes one position, where it is counted."""
-    loader = DataLoader(
+    loader: DataLoader = DataLoader(
         _Sizes(records, encoder),  # type: ignore[arg-type]
         batch_size=AT_ONCE,
         num_workers=workers,
@@ -118,4 +139,4 @@ def _settings_of(encoder: Encoder) -> str:
     )
 
 
-__all__ = ["Lengths", "measure", "measured_lengths"]
+__all__ = ["Lengths", "MixtureLengths", "measure", "measured_lengths"]

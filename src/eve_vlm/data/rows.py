@@ -10,7 +10,7 @@ batch which the trainer took last (`taken`), not that of the stream.
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,22 @@ class Position(NamedTuple):
     epoch: int = 0
     window: int = 0
     row: int = 0
+
+
+class RowStream(Protocol):
+    """An endless stream of rows; a place in it is what JSON takes."""
+
+    start: Any
+    """The place before the first row."""
+
+    def walk(self, place: Any) -> Iterator[tuple[list[Any], Any]]:
+        """Rows from a place on, each with the place behind it."""
+
+    def epochs_at(self, place: Any) -> float:
+        """Epochs that lie behind a place; 0 where they are not known."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a place means something for."""
 
 
 class Rows:
@@ -50,6 +66,7 @@ class Rows:
         self.num_records, self.seed, self.window = num_records, seed, window
         self.sizes, self.budget = sizes, budget
         self.windows = math.ceil(num_records / window)
+        self.start = Position()
         self._epoch: tuple[int, torch.Tensor] | None = None
 
     def order(self, epoch: int) -> torch.Tensor:
@@ -79,9 +96,9 @@ class Rows:
             rows += math.ceil(whole * min(1.0, epochs - epoch))
         return rows
 
-    def walk(self, position: Position) -> Iterator[tuple[list[int], Position]]:
+    def walk(self, place: Sequence[int]) -> Iterator[tuple[list[int], Position]]:
         """Rows from a position on, each with the position behind it."""
-        epoch, window, row = position
+        epoch, window, row = place
         while True:
             rows = self.rows_of(epoch, window)
             for number in range(row, len(rows)):
@@ -90,12 +107,22 @@ class Rows:
             if window == self.windows:
                 epoch, window = epoch + 1, 0
 
-    def epochs_at(self, position: Position) -> float:
+    def epochs_at(self, place: Sequence[int]) -> float:
         """Epochs that lie behind a position; within a window in equal steps."""
-        start = position.window * self.window
+        epoch, window, row = place
+        start = window * self.window
         length = min(self.window, self.num_records - start)
-        rows = len(self.rows_of(position.epoch, position.window)) if position.row else 1
-        return position.epoch + (start + length * position.row / rows) / self.num_records
+        rows = len(self.rows_of(epoch, window)) if row else 1
+        return epoch + (start + length * row / rows) / self.num_records
+
+    def identity(self) -> dict[str, Any]:
+        """What a position means something for."""
+        return {
+            "num_records": self.num_records,
+            "seed": self.seed,
+            "window": self.window,
+            "packed": list(self.budget or ()),
+        }
 
 
 class RowSampler:
@@ -104,18 +131,18 @@ class RowSampler:
     Args:
         rows: the stream.
         batch_size: rows of one process at a time.
-        rank, world: this process and how many there are.
+        rank, world: this process and how many there are that share the stream.
     """
 
-    def __init__(self, rows: Rows, *, batch_size: int, rank: int = 0, world: int = 1):
+    def __init__(self, rows: RowStream, *, batch_size: int, rank: int = 0, world: int = 1):
         self.rows, self.batch_size, self.rank, self.world = rows, batch_size, rank, world
-        self.position = Position()
-        self._ahead: deque[Position] = deque()
+        self.place = rows.start
+        self._ahead: deque[Any] = deque()
 
-    def __iter__(self) -> Iterator[list[list[int]]]:
-        """Batches from the saved position on, without an end."""
+    def __iter__(self) -> Iterator[list[list[Any]]]:
+        """Batches from the saved place on, without an end."""
         self._ahead.clear()
-        walk = self.rows.walk(self.position)
+        walk = self.rows.walk(self.place)
         mine = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         while True:
             turn = [next(walk) for _ in range(self.batch_size * self.world)]
@@ -124,40 +151,40 @@ class RowSampler:
 
     def taken(self) -> None:
         """Says that the trainer took one more batch, the oldest of those handed out."""
-        self.position = self._ahead.popleft()
-
-    def steps(self, epochs: float, *, accumulation: int) -> int:
-        """Optimizer steps for so many epochs; the last step is filled from the next epoch."""
-        return math.ceil(self.rows.count(epochs) / (self.batch_size * self.world * accumulation))
+        self.place = self._ahead.popleft()
 
     @property
     def epoch(self) -> float:
-        """Epochs that are behind the batch taken last."""
-        return self.rows.epochs_at(self.position)
+        """Epochs that are behind the batch taken last; 0 where they are not known."""
+        return self.rows.epochs_at(self.place)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it means something for."""
-        return {
-            "position": list(self.position),
-            "num_records": self.rows.num_records,
-            "seed": self.rows.seed,
-            "window": self.rows.window,
-        }
+        """The place, and what it means something for."""
+        return {"place": self.place, "of": self.rows.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position.
+        """Goes to a saved place.
 
         Raises:
             ValueError: if it belongs to other data or another order.
         """
-        own = self.state_dict()
-        for name, saved in state.items():
-            if name != "position" and saved != own[name]:
+        own = self.rows.identity()
+        for name, saved in state["of"].items():
+            if saved != own[name]:
                 raise ValueError(
                     f"The checkpoint stands in a stream with {name} {saved}, but the data now have "
                     f"{own[name]}; give the data and settings that the run began with."
                 )
-        self.position = Position(*state["position"])
+        self.place = state["place"]
 
 
-__all__ = ["Position", "RowSampler", "Rows"]
+def steps_of(rows: Rows, epochs: float, *, at_once: int) -> int:
+    """Optimizer steps for so many epochs, `at_once` rows each; the last is filled from the next.
+
+    Args:
+        at_once: rows of all processes and micro-batches of a step.
+    """
+    return math.ceil(rows.count(epochs) / at_once)
+
+
+__all__ = ["Position", "RowSampler", "RowStream", "Rows", "steps_of"]

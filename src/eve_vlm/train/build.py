@@ -13,12 +13,14 @@ import torch
 from eve_vlm.alignment_eve import EveForPreTraining
 from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
 from eve_vlm.data.records import Record, parts_of
-from eve_vlm.data.sources import Mixture, build_mixture
+from eve_vlm.data.sources import Mixture, build_mixture, read_quarantine
+from eve_vlm.data.sources.streams import StreamMixture, build_stream
 from eve_vlm.data.tokenizer import train_tokenizer
 from eve_vlm.decoders.joining import pad_with_something, put_decoder, settle_generation
 from eve_vlm.decoders.loading import load_decoder, load_decoder_tokenizer, read_decoder_config
 from eve_vlm.decoders.text import add_placeholder, chat_template_of
 from eve_vlm.image_processing_eve import EveImageProcessor
+from eve_vlm.layer_taps_eve import layers_of
 from eve_vlm.loading import load_config, load_model, load_processor, require_model_folder
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.processing_eve import EveProcessor
@@ -32,7 +34,7 @@ MOST_CELLS = 128  # along the teacher's canvas: 16,384 cells; published are 24
 TOKENIZER_SAMPLE = 4096  # records whose words a new tokenizer is learnt from
 
 
-def build_processor(recipe: Recipe, records: Mixture) -> EveProcessor:
+def build_processor(recipe: Recipe, records: Mixture | StreamMixture) -> EveProcessor:
     """The processor of the start, with the recipe's picture sizes; or a new one."""
     image = recipe.model.image
     if recipe.model.init_from is not None:
@@ -51,6 +53,11 @@ def build_processor(recipe: Recipe, records: Mixture) -> EveProcessor:
         given = None if tokenizer.chat_template else "vicuna"
         template = chat_template_of(tokenizer, name=name, given=given, image_token=image_token)
     else:
+        if isinstance(records, StreamMixture):
+            raise ValueError(
+                "A new tokenizer is learnt from counted records, but data.sources are streams; "
+                "give model.tokenizer."
+            )
         step = max(len(records) // TOKENIZER_SAMPLE, 1)
         words = (_words(records[index]) for index in range(0, len(records), step))
         vocab_size = (recipe.model.text_config or {}).get("vocab_size", 2048)
@@ -106,6 +113,10 @@ def build_model(
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     if isinstance(model, EveForPreTraining) and recipe.stage.alignment is not None:
         model.alignment_weight = recipe.stage.alignment.weight
+    model.loss_implementation = section.loss_implementation
+    if section.compile_layers:
+        for layer in layers_of(model.model.language_model):
+            layer.compile(dynamic=True)  # in place, so names of weights stay; rows differ in length
     return model
 
 
@@ -182,8 +193,12 @@ def _check_vision(recipe: Recipe, config: EveConfig) -> None:
             )
 
 
-def build_records(recipe: Recipe) -> Mixture:
-    """All sources of the recipe as one."""
+def build_records(recipe: Recipe) -> Mixture | StreamMixture:
+    """All sources of the recipe as one; streams where any is one."""
+    data = recipe.data
+    if any(source.streaming for source in data.sources):
+        listed = None if data.quarantine is None else read_quarantine(data.quarantine)
+        return build_stream(data.sources, quarantine=listed)
     return build_mixture(recipe.data.sources, seed=recipe.seed, quarantine=recipe.data.quarantine)
 
 

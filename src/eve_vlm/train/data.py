@@ -5,9 +5,6 @@ the sizes of all records; so `num_train_epochs` becomes `max_steps` here, once, 
 every process.
 """
 
-import json
-import logging
-from dataclasses import asdict
 from typing import NamedTuple
 
 from transformers import TrainingArguments
@@ -16,23 +13,25 @@ from eve_vlm.cache import cache_folder
 from eve_vlm.data.collator import EveCollator
 from eve_vlm.data.encode import Encoder
 from eve_vlm.data.encoded_rows import EncodedRows
-from eve_vlm.data.lengths import measured_lengths
+from eve_vlm.data.lengths import MixtureLengths
 from eve_vlm.data.packing import Budget
-from eve_vlm.data.rows import Rows, RowSampler
+from eve_vlm.data.rows import Rows, RowSampler, steps_of
 from eve_vlm.data.sources import Mixture
+from eve_vlm.data.sources.streams import StreamMixture
+from eve_vlm.data.stream_rows import StreamRows
 from eve_vlm.data.teacher_view import TeacherView
 from eve_vlm.processing_eve import EveProcessor
 from eve_vlm.train.data_log import DataLog
 from eve_vlm.train.sections import DataSection, Recipe
 
-logger = logging.getLogger(__name__)
+WINDOW = 1024  # records of a stream that are shuffled at a time, without packing
 
 
 class RunData(NamedTuple):
     """What a trainer reads."""
 
     dataset: EncodedRows
-    """Rows of encoded records by the numbers of their records."""
+    """Rows of encoded records."""
     collator: EveCollator
     """Joins rows into batches."""
     log: DataLog
@@ -43,7 +42,7 @@ class RunData(NamedTuple):
 
 def build_data(
     recipe: Recipe,
-    records: Mixture,
+    records: Mixture | StreamMixture,
     processor: EveProcessor,
     arguments: TrainingArguments,
     *,
@@ -57,44 +56,60 @@ def build_data(
     Raises:
         ValueError: for what a user can mend in the recipe or the data.
     """
-    data, encoder = recipe.data, build_encoder(recipe.data, processor, view=view)
-    lengths, budget = None, None
-    if data.packing is not None:
-        budget = Budget(data.packing.tokens, data.packing.patches)
-        lengths = measured_lengths(
-            records,
-            encoder,
-            fingerprint=json.dumps([asdict(source) for source in data.sources]),
-            folder=cache_folder() / "lengths",
-            workers=arguments.dataloader_num_workers,
-        ).of
-    rows = Rows(
-        len(records),
-        seed=recipe.seed,
-        window=1024 if data.packing is None else data.packing.window,
-        sizes=lengths,
-        budget=budget,
-    )
-    sampler = RowSampler(
-        rows,
-        batch_size=arguments.per_device_train_batch_size,
-        rank=arguments.process_index,
-        world=arguments.world_size,
-    )
-    if arguments.max_steps <= 0:
-        arguments.max_steps = sampler.steps(
-            arguments.num_train_epochs, accumulation=arguments.gradient_accumulation_steps
-        )
-    names: tuple[str, ...] = ()
+    encoder = build_encoder(recipe.data, processor, view=view)
+    dataset = EncodedRows(records if isinstance(records, Mixture) else None, encoder)
+    sampler = _sampler(recipe, records, encoder, arguments)
+    names = tuple(dict.fromkeys(records.names))
+    packed = recipe.data.packing is not None
     collator = EveCollator(
         processor.tokenizer.pad_token_id,
-        packed=data.packing is not None,
-        varlen=data.packing is not None and recipe.model.attn_implementation.startswith("flash"),
+        packed=packed,
+        varlen=packed and recipe.model.attn_implementation.startswith("flash"),
         label_weight=recipe.stage.label_weight,
         sources=names,
     )
-    log = DataLog(sampler, max_bad_share=data.max_bad_share)
-    return RunData(EncodedRows(records, encoder), collator, log, names)
+    log = DataLog(sampler, max_bad_share=recipe.data.max_bad_share)
+    return RunData(dataset, collator, log, names)
+
+
+def _sampler(
+    recipe: Recipe,
+    records: Mixture | StreamMixture,
+    encoder: Encoder,
+    arguments: TrainingArguments,
+) -> RowSampler:
+    """The rows of this process, and the number of steps."""
+    packing = recipe.data.packing
+    budget = None if packing is None else Budget(packing.tokens, packing.patches)
+    window = WINDOW if packing is None else packing.window
+    batch, rank, world = (
+        arguments.per_device_train_batch_size,
+        arguments.process_index,
+        arguments.world_size,
+    )
+    if isinstance(records, StreamMixture):
+        if arguments.max_steps <= 0:
+            raise ValueError(
+                "data.sources are streams, whose length is not known; set training.max_steps."
+            )
+        share = records.shard(rank, world)
+        stream = StreamRows(
+            share, seed=recipe.seed, window=window, size=encoder.size, budget=budget
+        )
+        return RowSampler(stream, batch_size=batch)
+    sizes = None
+    if budget is not None:
+        sizes = MixtureLengths(
+            records,
+            encoder,
+            folder=cache_folder() / "lengths",
+            workers=arguments.dataloader_num_workers,
+        )
+    rows = Rows(len(records), seed=recipe.seed, window=window, sizes=sizes, budget=budget)
+    if arguments.max_steps <= 0:
+        at_once = batch * world * arguments.gradient_accumulation_steps
+        arguments.max_steps = steps_of(rows, arguments.num_train_epochs, at_once=at_once)
+    return RowSampler(rows, batch_size=batch, rank=rank, world=world)
 
 
 def build_encoder(

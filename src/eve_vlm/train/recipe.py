@@ -32,6 +32,7 @@ OWNED = {
     "learning_rate": "stage.learning_rates",
     "weight_decay": "stage.weight_decay",
     "resume_from_checkpoint": "the command line of `eve train`",
+    "restore_callback_states_from_checkpoint": "nothing, because guards always go on from theirs",
     "parallelism_config": "the accelerate configuration file",
     "local_rank": "the launcher (torchrun sets it)",
     "do_train": "nothing, because a recipe always trains",
@@ -94,8 +95,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data = read_mapping(file)
     origin = apply_overrides(data, overrides, cls=Recipe, file=str(path))
     recipe = build(Recipe, data, origin=origin)
-    _check_values(recipe, origin)
     _check_training(recipe.training, origin)
+    _check_values(recipe, origin)
     return recipe
 
 
@@ -206,6 +207,7 @@ def _check_values(recipe: Recipe, origin: Origin) -> None:
         )
         origin.fail(("data", "max_bad_share"), problem)
     _check_sources(data.sources, origin)
+    _check_packing(recipe, origin)
     _check_stage(stage, origin)
     _check_lora(recipe, origin)
 
@@ -227,6 +229,29 @@ def _check_sources(sources: list[SourceSection], origin: Origin) -> None:
             origin.fail(
                 (*key, "path"), f"is missing; kind {source.kind} needs a file or a data set"
             )
+
+
+def _check_packing(recipe: Recipe, origin: Origin) -> None:
+    """Packed rows against the longest record, and against the attention that reads them."""
+    packing, model = recipe.data.packing, recipe.model
+    if packing is None:
+        return
+    for name, value in dataclasses.asdict(packing).items():
+        if value is not None:
+            _positive(("data", "packing", name), value, origin)
+    if packing.tokens < recipe.data.max_length:
+        problem = (
+            f"is {packing.tokens}, so a record of max_length ({recipe.data.max_length}) has no "
+            "row; make it at least that"
+        )
+        origin.fail(("data", "packing", "tokens"), problem)
+    rows = recipe.training["per_device_train_batch_size"]
+    if model.attn_implementation.startswith("flash") and rows > 1:
+        problem = (
+            f"is {rows}, but FlashAttention reads packed records from one row; set it to 1 and "
+            f"data.packing.tokens to {rows} times as many"
+        )
+        origin.fail(("training", "per_device_train_batch_size"), problem)
 
 
 def _check_stage(stage: StageSection, origin: Origin) -> None:

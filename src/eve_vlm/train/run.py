@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from transformers import PrinterCallback, TrainingArguments
 
-from eve_vlm.data.collator import EveCollator
-from eve_vlm.data.encode import Encoder
-from eve_vlm.data.sources import EncodedDataset
+from eve_vlm.data.sources import Mixture
+from eve_vlm.data.sources.streams import StreamMixture
 from eve_vlm.image_processing_eve import EveImageProcessor, num_image_tokens
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.train.build import (
@@ -29,11 +29,15 @@ from eve_vlm.train.build import (
     picture_settings,
     teacher_width_or_usual,
 )
+from eve_vlm.train.data import build_data
+from eve_vlm.train.data_log import BAD_RECORDS_FILE, DataLog
 from eve_vlm.train.lora import make_trainable, trainer_of
 from eve_vlm.train.parameters import parameter_table
 from eve_vlm.train.recipe import resolved_yaml, training_arguments_dict
+from eve_vlm.train.run_report import write_run_report
 from eve_vlm.train.sections import Recipe
-from eve_vlm.train.trainer import StageProgress
+from eve_vlm.train.trackers import check_trackers
+from eve_vlm.train.watching import watch
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     Raises:
         ValueError: for anything in the recipe, the data or the folders that a user can mend.
     """
+    check_trackers(recipe.training.get("report_to"))
     output = Path(recipe.output_dir)
     checkpoint = _check_output(output, recipe, resume=resume)
     torch.manual_seed(recipe.seed)
@@ -72,12 +77,6 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     teacher = build_teacher(recipe)
     model = build_model(recipe, processor, teacher.hidden_size if teacher else None)
     make_trainable(model, recipe)
-    encoder = Encoder(
-        processor,
-        format=recipe.data.format,
-        max_length=recipe.data.max_length,
-        teacher_view=teacher.view if teacher else None,
-    )
     # Here processes wait for each other: all have checked the folder before one writes into it.
     arguments = TrainingArguments(**training_arguments_dict(recipe), disable_tqdm=True)
     if arguments.process_index == 0:
@@ -85,30 +84,34 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
         (output / RECIPE_FILE).write_text(resolved_yaml(recipe), encoding="utf-8")
         table = parameter_table(model, recipe.stage)
         (output / "parameters.txt").write_text(table + "\n", encoding="utf-8")
+    data = build_data(recipe, records, processor, arguments, view=teacher.view if teacher else None)
     trainer = trainer_of(recipe, processor)(
         model=model,
         args=arguments,
-        train_dataset=EncodedDataset(records, encoder),
-        data_collator=EveCollator(processor.tokenizer.pad_token_id),
+        train_dataset=data.dataset,
+        data_collator=data.collator,
         stage=recipe.stage,
+        data_log=data.log,
+        sources=data.sources,
         teacher=teacher,
         teacher_side=recipe.model.image.size_multiple // recipe.model.vision.patch_size,
-        max_bad_share=recipe.data.max_bad_share,
-        callbacks=[StageProgress(recipe.name)],
+        guards=recipe.guards,
+        decode=processor.tokenizer.decode,
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the same
+    watch(trainer, recipe, records=records, processor=processor)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.bad_records and trainer.bad_records.total() == trainer.num_records:
+    bad = gather_object(data.log.bad)  # of all processes
+    if bad and len(data.log.bad) == data.log.num_records:
         raise ValueError(
-            f"None of the {trainer.num_records} records could be used, so nothing was learnt; the "
-            f"first: {next(iter(trainer.bad_records))}"
+            f"None of the {len(bad)} records could be used, so nothing was learnt; the first: "
+            f"{bad[0].reason}"
         )
     trainer.save_model(str(output))
     result = RunResult(
         output_dir=str(output),
         seconds=time.perf_counter() - started,
-        # From the epoch, which counts all processes and what came before a resume.
-        records=round(trainer.state.epoch * len(records)),
+        records=_records_used(records, data.log, arguments.world_size),
         steps=trainer.state.global_step,
         losses=[entry for entry in trainer.state.log_history if "loss" in entry],
     )
@@ -118,9 +121,18 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
         (output / "training_args.bin").unlink(missing_ok=True)
         # Written last: where it is, the run is complete.
         (output / RESULT_FILE).write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
-    if trainer.bad_records:
-        logger.warning("%d records were left out", trainer.bad_records.total())
+        data.log.write(output, bad)
+        write_run_report(output)
+    if bad:
+        logger.warning("%d records were left out; %s lists them", len(bad), BAD_RECORDS_FILE)
     return result
+
+
+def _records_used(records: Mixture | StreamMixture, log: DataLog, processes: int) -> int:
+    """From the place among the rows, which all processes share; streams only count their own."""
+    if isinstance(records, StreamMixture):
+        return log.num_records * processes
+    return round(log.rows.epoch * len(records))
 
 
 def finished_run(recipe: Recipe) -> RunResult | None:

@@ -1,12 +1,12 @@
 """What is added up between two logs: losses by term and by data set, tokens, waiting.
 
-Losses stay on the device until they are logged, so no step waits for the device.  Easy to get wrong:
-every process has its own share of each loss term (the divisor counts all processes), so terms of
-all processes are added, not averaged; and all of them must come here together.
+Losses stay on the device until they are logged, so no step waits for the device.  Easy to get
+wrong: every process has its own share of each loss term (the divisor counts all processes), so
+terms of all processes are added, not averaged; and all of them must come here together.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -34,6 +34,20 @@ class StepSums:
     group_counts: torch.Tensor | None = None
     """(G,) summed weight of its labels."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """All sums, and the seconds that they were taken in."""
+        state = {
+            field.name: value
+            for field in fields(self)
+            if (value := vars(self)[field.name]) is not None
+        }
+        return state | {"started": time.perf_counter() - self.started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from saved sums."""
+        vars(self).update(state)
+        self.started = time.perf_counter() - state["started"]
+
     def add_losses(self, outputs: Any) -> None:
         """Adds the losses of one micro-batch, an `EveCausalLMOutput`."""
         for name, term in outputs["loss_terms"].items():
@@ -57,9 +71,8 @@ class StepSums:
         seconds = time.perf_counter() - self.started
         device = accelerator.device
         numbers = [torch.stack([term.float() for term in self.terms.values()])]
-        groups = self.group_losses is not None and self.group_counts is not None
-        if groups:
-            numbers += [self.group_losses.float(), self.group_counts.float()]
+        groups = [one for one in (self.group_losses, self.group_counts) if one is not None]
+        numbers += [one.float() for one in groups]
         sums = torch.tensor([self.tokens, self.positions], dtype=torch.float32, device=device)
         # One exchange for everything; counts up to 2^24 are exact in float32, beyond that to 1e-7.
         everything = accelerator.reduce(torch.cat([*numbers, sums]), reduction="sum").tolist()

@@ -1,38 +1,51 @@
-"""The library's `Trainer` with four seams filled in; there is no training loop here.
+"""The library's `Trainer` with some seams filled in; there is no training loop here.
 
   - `create_optimizer`: groups from the recipe's globs;
-  - `get_batch_samples`: counts pictures of the whole accumulated batch, and unusable records;
-  - `compute_loss`: asks the frozen teacher, remembers the loss by term;
-  - `log`: adds terms, tokens per second, and stops at a loss that is not a number.
+  - `get_train_dataloader`: batches from an endless stream of rows with an exact position;
+  - `get_batch_samples`: counts labels, pictures and unusable records of all accumulated batches;
+  - `compute_loss`: asks the frozen teacher, remembers the loss by term and by data set;
+  - `training_step`: lets the guards judge each step before its gradients are used;
+  - `log`: adds terms, rates and how full rows are, and stops at a loss that is not a number.
 
 Easy to get wrong: `Trainer` divides the summed language loss by the labels of all accumulated
-micro-batches, and divides nothing else; so the alignment term must be divided by the pictures of
-all of them, or it grows with the accumulation steps.
+micro-batches of all processes, and divides nothing else; so the alignment term must be divided by
+the pictures of all of them, or it grows with the accumulation steps.
 """
 
 import logging
 import math
 import time
-from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import DistributedType
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
-from eve_vlm.data.encode import IGNORED
+from eve_vlm.train.data_log import DataLog
+from eve_vlm.train.guards import Guards
+from eve_vlm.train.meter import Meter
 from eve_vlm.train.parameters import optimizer_groups
-from eve_vlm.train.sections import StageSection
+from eve_vlm.train.sections import GuardsSection, StageSection
+from eve_vlm.train.step_sums import StepSums
 from eve_vlm.train.teacher import FrozenTeacher
 
 logger = logging.getLogger(__name__)
 
-LOGGED_BAD_RECORDS = 20  # each of the first ones is named in the log, all are counted
-JUDGED_FROM = (
-    200  # records before the share of bad ones is judged: one bad first record is not 100 %
-)
+
+class BatchInfo(NamedTuple):
+    """What comes with a batch and is not for the model."""
+
+    record_ids: list[list[str]]
+    """Ids of the records of each row."""
+    source_names: list[list[str]]
+    """Their data sets."""
+    num_tokens: int
+    """Tokens without padding."""
+    num_positions: int
+    """Tokens with padding."""
 
 
 class EveTrainer(Trainer):
@@ -40,29 +53,45 @@ class EveTrainer(Trainer):
 
     Args:
         stage: which parameters learn and how fast; alignment.
+        data_log: the rows that this process reads, and what it could not use.
+        sources: names of the data sets, for the loss of each.
         teacher: asked for features of each batch that brings its views; None without alignment.
         teacher_side: patches of the student along one alignment cell.
-        max_bad_share: training stops when a larger share of records cannot be used.
+        guards: what is watched, and what to do about a bad step.
+        decode: makes text of token ids, for the records of a bad step.
     """
 
     def __init__(
         self,
         *args: Any,
         stage: StageSection,
+        data_log: DataLog,
+        sources: tuple[str, ...] = (),
         teacher: FrozenTeacher | None = None,
         teacher_side: int = 1,
-        max_bad_share: float = 0.0,
+        guards: GuardsSection | None = None,
+        decode: Callable[[list[int]], str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.stage, self.teacher, self.teacher_side = stage, teacher, teacher_side
-        self.max_bad_share = max_bad_share
-        self.bad_records: Counter[str] = Counter()
-        self.num_records = 0
+        self.data_log, self.sources = data_log, sources
+        self.args.ignore_data_skip = True  # the stream of rows knows its place
         self.optimizer: torch.optim.Optimizer | None
+        self.infos: list[BatchInfo] = []  # of the step that runs
+        self.meter: Meter | None = None
         self._images_in_batch: torch.Tensor | int | None = None
-        self._terms: dict[str, torch.Tensor] = {}
-        self._tokens, self._steps, self._clock = 0, 0, time.perf_counter()  # since the last log
+        self._sums = StepSums()
+        self._step_losses: list[dict[str, Any]] = []  # of the step that runs, by micro-batch
+        self._deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.guards = Guards(
+            guards or GuardsSection(),
+            self.args.output_dir,
+            device=self.args.device,
+            gradients=not self._deepspeed and self.accelerator.scaler is None,
+            decode=decode,
+        )
+        self.add_callback(self.guards)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimizer on the stage's groups."""
@@ -76,41 +105,68 @@ class EveTrainer(Trainer):
             self.optimizer = optimizer(groups, **settings)
         return self.optimizer
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of this process, without an end; `Trainer` stops at `max_steps`."""
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.data_log.rows,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            # Its own, or it draws from the global one, and a resumed run sees other dropout.
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """The micro-batches of one step and their labels; counts pictures and bad records."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._steps += 1
+        """The micro-batches of one step and their labels; counts pictures and records."""
+        started = time.perf_counter()
+        batches, self.infos = [], []
+        for _ in range(num_batches):
+            batches.append(next(epoch_iterator))
+            self.data_log.rows.taken()
+        self._sums.data_wait += time.perf_counter() - started
+        self._sums.steps += 1
+        self._step_losses = []
+        self.guards.begin_step(batches)
         for batch in batches:
-            reasons = batch.pop("bad_records", [])
-            # A usable record has labels; the stand-in for a batch without one has none.
-            usable = int((batch["labels"] != IGNORED).any(1).sum())
-            self._count_records(usable, reasons)
-            self._tokens += int(batch["attention_mask"].sum())
+            bad = batch.pop("bad_records")
+            info = BatchInfo(
+                record_ids=batch.pop("record_ids"),
+                source_names=batch.pop("source_names"),
+                num_tokens=batch.pop("num_tokens"),
+                num_positions=batch["input_ids"].numel(),
+            )
+            self.infos.append(info)
+            self._sums.tokens += info.num_tokens
+            self._sums.positions += info.num_positions
+            self.data_log.count(sum(map(len, info.record_ids)), bad)
+            if self.meter is not None:
+                self.meter.count(batch)
         images = sum(len(batch["image_grid_thw"]) for batch in batches if "image_grid_thw" in batch)
-        count = torch.tensor(images, device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
-        self._images_in_batch = count.clamp(min=1)
+        self._images_in_batch = self._over_processes(torch.tensor(images, device=device)).clamp(1)
+        num_items = self._get_num_items_in_batch(batches, device)
         if num_items is not None:
             num_items = torch.as_tensor(num_items).clamp(min=1)  # all of them may be unusable
         return batches, num_items
 
-    def _count_records(self, usable: int, reasons: list[str]) -> None:
-        self.num_records += usable + len(reasons)
-        for reason in reasons:
-            if self.bad_records.total() < LOGGED_BAD_RECORDS:
-                logger.warning("left out: %s", reason)
-            self.bad_records[reason] += 1
-        bad = self.bad_records.total()
-        if bad > self.max_bad_share * max(self.num_records, JUDGED_FROM):
-            raise ValueError(
-                f"{bad} of the first {self.num_records} records cannot be used, more than the "
-                "share of "
-                f"{self.max_bad_share} that data.max_bad_share allows; the last: "
-                f"{(reasons or ['-'])[-1]}"
-            )
+    def _get_num_items_in_batch(
+        self, batch_samples: list, device: torch.device
+    ) -> torch.Tensor | int | None:
+        """Labels of all micro-batches, or the sum of their weights where they have any."""
+        if "label_weights" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        weights = sum(batch["label_weights"][:, 1:].sum() for batch in batch_samples)
+        return self._over_processes(torch.as_tensor(weights, device=device))
+
+    def _over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes where the loss is averaged over them."""
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            return self.accelerator.gather(value).sum()
+        return value
 
     def compute_loss(
         self,
@@ -126,19 +182,52 @@ class EveTrainer(Trainer):
                 views, inputs["image_grid_thw"], side=self.teacher_side
             )
             inputs["num_images_in_batch"] = self._images_in_batch
+        if "label_groups" in inputs:
+            inputs["num_groups"] = len(self.sources)
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        for name, term in outputs["loss_terms"].items():
-            self._terms[name] = self._terms.get(name, 0.0) + term
+        losses = ("loss_terms", "group_losses", "group_counts")
+        self._step_losses.append({name: outputs.get(name) for name in losses})
+        self.guards.after_loss(loss)
+        if self._deepspeed and self.accelerator.sync_gradients:
+            self._may_step(model)  # its backward pass makes the step, so only this can come before
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch; behind the last of a step, whether the step may be made."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self._deepspeed:
+            norm = self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm()
+            self.guards.after_engine_step(norm, **self._about_step())
+        elif self.accelerator.sync_gradients and not self._may_step(self.model_wrapped):
+            self.model_wrapped.zero_grad()  # no optimizer moves a parameter that has no gradient
+        return loss
+
+    def _may_step(self, model: nn.Module) -> bool:
+        """The guards' word; the losses of a skipped step count nowhere."""
+        good = self.guards.may_step(model, **self._about_step())
+        if not good:
+            self._sums.steps -= 1
+        for losses in self._step_losses if good else ():
+            self._sums.add_losses(losses)
+        return good
+
+    def _about_step(self) -> dict[str, Any]:
+        assert self.optimizer is not None
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return {"step": self.state.global_step + 1, "learning_rates": rates}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to each log of a step: every loss term, tokens per second, left-out records."""
-        steps = self._steps  # not the state's: a run that is resumed begins in the middle
-        if "loss" in logs and steps:
+        """Adds to each log of a step: loss terms, rates, how full rows are, left-out records."""
+        if "loss" in logs:
+            self.guards.add_to_log(logs)
+            if self.meter is not None:
+                logs |= self.meter.figures()
+        if "loss" in logs and self._sums.steps:
+            added = self._sums.logs(self.accelerator, self.sources)
             # By term, because Trainer's own sum leaves out whatever is not a number.
-            terms = {f"loss_{name}": (total / steps).item() for name, total in self._terms.items()}
+            terms = {name: value for name, value in added.items() if name.startswith("loss_")}
             for name, value in {"loss": logs["loss"], **terms}.items():
                 if not math.isfinite(value):
                     raise ValueError(
@@ -146,64 +235,12 @@ class EveTrainer(Trainer):
                         "stage.learning_rates, set training.max_grad_norm, or look at the last "
                         "records."
                     )
-            now = time.perf_counter()
-            logs |= terms
-            logs["tokens_per_second"] = self._tokens / (now - self._clock)
-            if self.bad_records:
-                logs["left_out_records"] = self.bad_records.total()
-            self._terms, self._tokens, self._steps, self._clock = {}, 0, 0, now
+            logs |= added
+            if self.data_log.bad:
+                logs["left_out_records"] = len(self.data_log.bad)
+            self.state.epoch = self.data_log.rows.epoch  # Trainer only knows its own steps
+            self._sums = StepSums()
         super().log(logs, start_time)
 
 
-class StageProgress(TrainerCallback):
-    """A progress bar with time left, loss by term and tokens per second."""
-
-    def __init__(self, title: str):
-        self.title = title
-        self.bar: tqdm | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
-    ) -> None:
-        """Opens the bar at the step that training starts from."""
-        if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc=self.title,
-                dynamic_ncols=True,
-            )
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Moves the bar."""
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: Any,
-        control: Any,
-        logs: dict | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Writes the latest terms behind the bar."""
-        if self.bar is None or not logs or "loss" not in logs:
-            return
-        shown = {
-            name.removeprefix("loss_"): f"{value:.3f}"
-            for name, value in logs.items()
-            if "loss_" in name
-        }
-        shown["tokens/s"] = f"{logs.get('tokens_per_second', 0):,.0f}"
-        self.bar.set_postfix(shown, refresh=False)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
-    ) -> None:
-        """Closes the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-__all__ = ["EveTrainer", "StageProgress"]
+__all__ = ["BatchInfo", "EveTrainer"]

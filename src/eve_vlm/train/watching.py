@@ -12,6 +12,8 @@ import torch
 from transformers import TrainerControl
 from transformers.utils import logging as transformers_logging
 
+from eve_vlm.data.sources import Mixture
+from eve_vlm.data.sources.streams import StreamMixture
 from eve_vlm.flops import Term, terms_of
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.peaks import peak_of
@@ -30,7 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 def watch(
-    trainer: EveTrainer, recipe: Recipe, *, records: Records, processor: EveProcessor
+    trainer: EveTrainer,
+    recipe: Recipe,
+    *,
+    records: Mixture | StreamMixture,
+    processor: EveProcessor,
 ) -> None:
     """Puts everything that watches beside a trainer, before it trains.
 
@@ -65,17 +71,26 @@ def watch(
     trainer.add_callback(RunReport(folder, trainer.data_log))
 
 
-def sample_records(recipe: Recipe, records: Records) -> Records:
+def sample_records(recipe: Recipe, records: Mixture | StreamMixture) -> Records:
     """Records that the recipe holds out where it holds any out, else its own."""
     sources = held_out(recipe.data.sources)
-    if not sources:
+    if sources:
+        try:
+            held = build_records(replace(recipe, data=replace(recipe.data, sources=sources)))
+            return _counted(held, recipe)
+        except ValueError as error:
+            # The slice may be as long as the file, and nothing is left over.
+            logger.warning("Sample answers are about records of the run itself. %s", error)
+    return _counted(records, recipe)
+
+
+def _counted(records: Mixture | StreamMixture, recipe: Recipe) -> Records:
+    """Records by number: of a stream the first ones, read apart from the run."""
+    if isinstance(records, Mixture):
         return records
-    try:
-        return build_records(replace(recipe, data=replace(recipe.data, sources=sources)))
-    except ValueError as error:
-        # The slice may be as long as the file, and nothing is left over.
-        logger.warning("Sample answers are about records of the run itself. %s", error)
-        return records
+    assert recipe.samples is not None
+    beginning = records.shard(0, 1)
+    return [next(beginning) for _ in range(recipe.samples.number)]
 
 
 def meter_of(trainer: EveTrainer, processor: EveProcessor) -> Meter:

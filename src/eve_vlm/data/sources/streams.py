@@ -275,7 +275,7 @@ class StreamMixture:
 
 
 def build_stream(
-    sections: Sequence[SourceSettings],
+    sections: Sequence[Any],
     *,
     endless: bool = True,
     quarantine: Quarantine | None = None,
