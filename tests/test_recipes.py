@@ -33,6 +33,17 @@ PUBLISHED = {
     "2_pretrain": (4e-5, 0.01, 512, 672, "plain"),
     "3_finetune": (2e-5, 0.01, 128, 672, "chat"),
     "3_finetune_hd": (2e-5, 0.01, 128, 1344, "chat"),
+    "3_finetune_mixture": (2e-5, 0.01, 128, 672, "chat"),
+    "3_finetune_hd_mixture": (2e-5, 0.01, 128, 1344, "chat"),
+}
+
+# The paper's table 7: thousands of samples, and how often they are used.
+MIXTURE = {
+    **{"llava": (158, 1), "svit": (158, 1), "sharegpt": (40, 1), "wizardlm": (70, 1)},
+    **{"vqav2": (83, 2), "gqa": (72, 2), "okvqa": (9, 2), "aokvqa": (66, 2)},
+    **{"textcaps": (22, 2), "synthdog": (30, 1), "ocrvqa": (80, 2), "refcoco": (48, 2)},
+    **{"vg": (86, 2), "vision_flan": (186, 1), "chartqa": (18, 1), "dvqa": (200, 1)},
+    **{"ai2d": (12, 1), "docvqa": (10, 1)},
 }
 
 
@@ -110,9 +121,30 @@ def test_published_settings(name):
     assert (recipe.stage.alignment.layer, recipe.stage.alignment.tap_every) == (-2, 4)
 
 
+def test_the_papers_mixtures_are_written_out():
+    """All of table 7 with its uses, 1.81 M; and of it what LLaVA-mix-665K is made of, once each."""
+    hd = load_recipe("eve_7b/3_finetune_hd_mixture").data.sources
+    assert {source.name: source.repeat for source in hd} == {
+        name: times for name, (_, times) in MIXTURE.items()
+    }
+    assert sum(MIXTURE[source.name][0] * source.repeat for source in hd) == 1814
+    whole = load_recipe("eve_7b/3_finetune_mixture").data.sources
+    assert sum(MIXTURE[source.name][0] * source.repeat for source in whole) == 664
+    for source in (*hd, *whole):
+        assert source.path.endswith(f"_{MIXTURE[source.name][0]}k.json")
+
+
+@pytest.mark.parametrize("name", ["3_finetune", "3_finetune_hd"])
+def test_a_mixture_recipe_differs_in_its_sources_alone(name):
+    plain, mixture = load_recipe(f"eve_7b/{name}"), load_recipe(f"eve_7b/{name}_mixture")
+    same = {"name": plain.name, "output_dir": plain.output_dir}
+    data = dataclasses.replace(mixture.data, sources=plain.data.sources)
+    assert dataclasses.replace(mixture, data=data, **same) == plain
+
+
 @pytest.mark.parametrize("model", ["tiny", "eve_7b"])
 def test_stages_follow_one_another(model):
-    files = [file for file in SHIPPED if file.parent.name == model and not file.stem.endswith("hd")]
+    files = [file for file in SHIPPED if file.parent.name == model and file.stem.count("_") == 1]
     recipes = [load_recipe(file) for file in files]
     for before, after in itertools.pairwise(recipes):
         assert after.model.init_from == before.output_dir
