@@ -18,6 +18,7 @@ from PIL import Image
 Points = Sequence[tuple[float, float]]
 
 NO_MATPLOTLIB = "The report needs matplotlib; run: pip install 'eve-vlm[{extra}]'."
+FEW_LINES = 4
 MOST_POINTS = 2000  # of a line; a curve on a page has fewer pixels
 
 
@@ -85,7 +86,7 @@ def line_plot(
         share: values from 0 to 1, in per cent.
     """
     from matplotlib import rc_context
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure = figure_of((5.4, 3.0), extra="train")
     axes = figure.add_subplot()
@@ -106,7 +107,10 @@ def line_plot(
         axes.set_ylim(bottom=0)
     if share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    if len(lines) > 1:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(lines) > FEW_LINES:  # beside the curves, which have no room
+        figure.legend(frameon=False, fontsize="small", loc="outside right upper")
+    elif len(lines) > 1:
         axes.legend(frameon=False, fontsize="small")
     buffer = io.StringIO()
     # Letters stay letters, and names inside are made from the salt alone.
