@@ -312,7 +312,7 @@ def test_what_cuda_would_say(case, said, monkeypatch):
     name = case.pop("asked")
 
     def choose():
-        return language_loss_eve._implementation(name, head, Claims(), each=False, **case)
+        return language_loss_eve._implementation(name, head, Claims(), **case)
 
     if said is None:
         # On CUDA nothing was measured, so it is the one that always works.
@@ -323,16 +323,15 @@ def test_what_cuda_would_say(case, said, monkeypatch):
 
 @needs_torch
 def test_auto_takes_what_was_fastest_on_a_cpu(small_chunks):
-    """PyTorch's own for several chunks of a plain head in float32 when only the sum is asked for."""
+    """PyTorch's own for several chunks of a plain head in float32; all else is chunked."""
     hidden, head, _, _ = problem(dtype=torch.float32)
     states = hidden.flatten(0, 1)
 
-    def chosen(head=head, states=states, weighted=False, each=False):
-        return language_loss_eve._implementation("auto", head, states, weighted=weighted, each=each)
+    def chosen(head=head, states=states):
+        return language_loss_eve._implementation("auto", head, states, weighted=True)
 
     assert chosen() == "torch"
     assert chosen(states=states[:3]) == "chunked"  # one chunk
-    assert chosen(each=True) == chosen(weighted=True, each=True) == "chunked"
     assert chosen(states=states.bfloat16()) == "chunked"
     assert chosen(head=nn.Linear(WIDTH, WORDS)) == "chunked"
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -69,11 +69,11 @@ def language_loss(
     targets = _next(labels, IGNORED).to(hidden.device)  # (B, T)
     wanted = targets != IGNORED
     states, targets = hidden[wanted], targets[wanted]  # (N, D), (N,)
-    each = weights is not None or groups is not None
-    name = _implementation(implementation, lm_head, states, weighted=weights is not None, each=each)
+    name = _implementation(implementation, lm_head, states, weighted=weights is not None)
     # Nothing to predict, and yet every rank must touch the head; no kernel takes zero rows.
     loss = _LOSSES[name if len(targets) else "chunked"]
-    reduction: Reduction = "none" if each and name != "liger" else "sum"
+    each = weights is not None or (groups is not None and name != "liger")
+    reduction: Reduction = "none" if each else "sum"
     losses = loss(lm_head, states, targets, reduction)  # (N,), or their sum
 
     count: torch.Tensor | int
@@ -211,9 +211,7 @@ _LOSSES: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor, Reduction], 
 # --- which of them --------------------------------------------------------------------------------
 
 
-def _implementation(
-    asked: str, lm_head: nn.Module, states: torch.Tensor, *, weighted: bool, each: bool
-) -> str:
+def _implementation(asked: str, lm_head: nn.Module, states: torch.Tensor, *, weighted: bool) -> str:
     """The implementation to use: the one asked for, if it can, or the fastest of those measured."""
     if asked not in IMPLEMENTATIONS:
         raise ValueError(
@@ -221,10 +219,12 @@ def _implementation(
         )
     device, plain = states.device.type, _is_plain(lm_head, states)
     if asked == "auto":
-        # Measured on a CPU only: 1.5 x faster when no loss by label is needed, else slower.
-        float32 = states.dtype == torch.float32 and not torch.is_autocast_enabled(device)
-        fused = plain and float32 and not each and len(states) > _rows(lm_head)
-        return "torch" if fused and device == "cpu" and _TORCH_HAS_IT else "chunked"
+        # Measured on a CPU only (docs/loss.md): for several chunks 1.3 to 1.8 x faster, in half
+        # the memory.  Its losses come in the type of the states, so float32 or better.
+        if device != "cpu" or not plain or not _TORCH_HAS_IT:
+            return "chunked"
+        exact = _computed_in(states).itemsize > 2
+        return "torch" if exact and len(states) > _rows(lm_head) else "chunked"
     if asked == "chunked":
         return asked
     reason = None

@@ -5,16 +5,12 @@ tokens, records, or in between.  Easy to get wrong: the first label of a record 
 because no word of the record comes before it to be its prediction's place.
 """
 
-from typing import Literal
-
 import numpy as np
 
 from eve_vlm.data.encode import IGNORED
 
-LabelWeight = Literal["token", "sample", "sqrt"]
 
-
-def weights_of(labels: np.ndarray, kind: LabelWeight) -> np.ndarray:
+def weights_of(labels: np.ndarray, kind: str) -> np.ndarray:
     """Weights of one record's labels: (T,) integers to (T,) float32, 0 where nothing is learnt.
 
     Args:
@@ -31,4 +27,4 @@ def weights_of(labels: np.ndarray, kind: LabelWeight) -> np.ndarray:
     return learnt * np.float32({"token": 1.0, "sample": 1 / count, "sqrt": count**-0.5}[kind])
 
 
-__all__ = ["LabelWeight", "weights_of"]
+__all__ = ["weights_of"]
