@@ -283,8 +283,8 @@ def test_an_unfinished_run_is_not_overwritten(make, monkeypatch, tmp_path):
         stop_at(patch, 4)
         with pytest.raises(Stopped):
             train(recipe)
-    text = tiny.refused(lambda: train(recipe))
-    assert "unfinished" in text and "--resume" in text and str(tmp_path / "run") in text
+    text = tiny.refused(lambda: train(recipe, resume=False))
+    assert "unfinished" in text and "--no-resume" in text and str(tmp_path / "run") in text
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -292,7 +292,8 @@ def test_a_different_run_is_refused(make, tmp_path, resume):
     train(make("training.max_steps=1"))
     before = weights_of(tmp_path / "run")
     text = tiny.refused(lambda: train(make("training.max_steps=2"), resume=resume))
-    assert "different run" in text and str(tmp_path / "run") in text
+    assert "different run (training.max_steps was 1 and is 2" in text
+    assert str(tmp_path / "run") in text
     assert_equal(weights_of(tmp_path / "run"), before)
     assert finished_run(make("training.max_steps=2")) is None
 

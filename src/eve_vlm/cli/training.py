@@ -3,6 +3,8 @@
 They read arguments and call `eve_vlm.train.run` and `eve_vlm.quickstart`, imported inside.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +28,12 @@ def train(
         ),
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on from the last checkpoint where the same run stands unfinished, or refuse.",
+        ),
+    ] = True,
 ) -> None:
     """Train one stage from a recipe.
 
@@ -41,7 +47,8 @@ def train(
     if dry_run:
         typer.echo(run.describe(loaded))
         return
-    result = run.train(loaded, resume=resume)
+    with _stops_tidily():
+        result = run.train(loaded, resume=resume, say=_say)
     typer.echo(
         f"{result.output_dir} is trained ({result.records:,} records, {result.seconds:.0f} s)."
     )
@@ -57,8 +64,26 @@ def quickstart(
     """
     from eve_vlm.quickstart import run_quickstart
 
-    summary = run_quickstart(output, seed=seed)
+    with _stops_tidily():
+        summary = run_quickstart(output, seed=seed)
     typer.echo(summary)
+
+
+@contextmanager
+def _stops_tidily() -> Iterator[None]:
+    """Ends with the exit code of the signal where a run was asked to stop and has saved itself."""
+    from eve_vlm.train.stopping import RunStopped
+
+    try:
+        yield
+    except RunStopped as stopped:
+        _say(f"eve: {stopped}")
+        raise typer.Exit(stopped.exit_code) from None
+
+
+def _say(text: str) -> None:
+    """To the terminal, and not into what is piped on."""
+    typer.echo(text, err=True)
 
 
 __all__ = ["quickstart", "train"]

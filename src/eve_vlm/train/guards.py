@@ -333,6 +333,14 @@ class Guards(TrainerCallback, ExportableState):
         """What goes into `trainer_state.json`."""
         return {"args": {}, "attributes": {"memory": dataclasses.asdict(self.memory)}}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen since the last log, which a checkpoint keeps for each process."""
+        return {"good": self._good, "skipped": self._skipped_since_log}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with it."""
+        self._good, self._skipped_since_log = list(state["good"]), state["skipped"]
+
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:

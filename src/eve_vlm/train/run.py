@@ -8,17 +8,20 @@ folders. Easy to get wrong: a folder with another run in it is refused, not over
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PrinterCallback, TrainingArguments
 
 from eve_vlm.data.sources import Mixture
 from eve_vlm.data.sources.streams import StreamMixture
 from eve_vlm.image_processing_eve import EveImageProcessor, num_image_tokens
 from eve_vlm.modeling_eve import EveForConditionalGeneration
+from eve_vlm.output_folder import written_whole
 from eve_vlm.train.build import (
     build_model,
     build_processor,
@@ -29,20 +32,20 @@ from eve_vlm.train.build import (
     picture_settings,
     teacher_width_or_usual,
 )
+from eve_vlm.train.checkpoints import flush_files, last_whole_checkpoint, step_of
 from eve_vlm.train.data import build_data
 from eve_vlm.train.data_log import BAD_RECORDS_FILE, DataLog
 from eve_vlm.train.lora import make_trainable, trainer_of
 from eve_vlm.train.parameters import parameter_table
 from eve_vlm.train.recipe import resolved_yaml, training_arguments_dict
+from eve_vlm.train.run_folder import RESULT_FILE, changed_keys, held, is_finished, write_recipe
 from eve_vlm.train.run_report import write_run_report
 from eve_vlm.train.sections import Recipe
+from eve_vlm.train.stopping import RunStopped, StopOnSignal
 from eve_vlm.train.trackers import check_trackers
 from eve_vlm.train.watching import watch
 
 logger = logging.getLogger(__name__)
-
-RECIPE_FILE = "recipe.resolved.yaml"
-RESULT_FILE = "run.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,15 +64,28 @@ class RunResult:
     """The log, one entry per logged step, every loss term by name."""
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
-    """Runs one stage and saves its model.
+def train(
+    recipe: Recipe, *, resume: bool = True, say: Callable[[str], object] = logger.info
+) -> RunResult:
+    """Runs one stage and saves its model; goes on where the same run stands unfinished.
+
+    Args:
+        recipe: the stage.
+        resume: whether it may go on; else an unfinished run is refused.
+        say: told in a sentence where it goes on.
 
     Raises:
         ValueError: for anything in the recipe, the data or the folders that a user can mend.
+        RunStopped: if a signal asked for it; the state is saved.
     """
     check_trackers(recipe.training.get("report_to"))
+    with held(Path(recipe.output_dir)):
+        return _train(recipe, resume=resume, say=say)
+
+
+def _train(recipe: Recipe, *, resume: bool, say: Callable[[str], object]) -> RunResult:
     output = Path(recipe.output_dir)
-    checkpoint = _check_output(output, recipe, resume=resume)
+    changed = changed_keys(output, recipe, resume=resume)
     torch.manual_seed(recipe.seed)
     started = time.perf_counter()
     records = build_records(recipe)
@@ -79,9 +95,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     make_trainable(model, recipe)
     # Here processes wait for each other: all have checked the folder before one writes into it.
     arguments = TrainingArguments(**training_arguments_dict(recipe), disable_tqdm=True)
+    checkpoint = _begin_or_go_on(output, recipe, changed, say)
     if arguments.process_index == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / RECIPE_FILE).write_text(resolved_yaml(recipe), encoding="utf-8")
         table = parameter_table(model, recipe.stage)
         (output / "parameters.txt").write_text(table + "\n", encoding="utf-8")
     data = build_data(recipe, records, processor, arguments, view=teacher.view if teacher else None)
@@ -100,7 +115,13 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the same
     watch(trainer, recipe, records=records, processor=processor)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with StopOnSignal() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.agreed:
+        raise RunStopped(
+            step=trainer.state.global_step, of=trainer.state.max_steps, signum=stop.agreed
+        )
     bad = gather_object(data.log.bad)  # of all processes
     if bad and len(data.log.bad) == data.log.num_records:
         raise ValueError(
@@ -117,11 +138,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunResult:
     )
     if trainer.is_world_process_zero():
         processor.save_pretrained(output)
-        # A pickle that only this machine could read; the recipe beside the model says the same.
-        (output / "training_args.bin").unlink(missing_ok=True)
-        # Written last: where it is, the run is complete.
-        (output / RESULT_FILE).write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
         data.log.write(output, bad)
+        flush_files(output, (file.name for file in output.iterdir() if file.is_file()))
+        # Where it is, the run is complete.
+        with written_whole(output / RESULT_FILE) as part:
+            part.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
         write_run_report(output)
     if bad:
         logger.warning("%d records were left out; %s lists them", len(bad), BAD_RECORDS_FILE)
@@ -136,12 +157,9 @@ def _records_used(records: Mixture | StreamMixture, log: DataLog, processes: int
 
 
 def finished_run(recipe: Recipe) -> RunResult | None:
-    """The result of exactly this run where its output folder holds it complete, else None."""
+    """The result of this run where its output folder holds it complete, else None."""
     output = Path(recipe.output_dir)
-    file = output / RECIPE_FILE
-    if not file.is_file() or file.read_text(encoding="utf-8") != resolved_yaml(recipe):
-        return None
-    if not (output / RESULT_FILE).is_file():
+    if not is_finished(output, recipe):
         return None
     return RunResult(**json.loads((output / RESULT_FILE).read_text(encoding="utf-8")))
 
@@ -191,35 +209,22 @@ def describe(recipe: Recipe) -> str:
     )
 
 
-def _check_output(output: Path, recipe: Recipe, *, resume: bool) -> str | None:
-    """Refuses a folder that holds something else; returns the checkpoint to resume from.
-
-    Raises:
-        ValueError: if the folder holds another run, a finished one, or an unfinished one without
-            `resume`.
-    """
-    file = output / RECIPE_FILE
-    if not output.exists() or not any(output.iterdir()):
-        return None
-    if not file.is_file():
-        raise ValueError(
-            f"{output} holds other files and no run; choose another output_dir or empty it."
-        )
-    if file.read_text(encoding="utf-8") != resolved_yaml(recipe):
-        raise ValueError(
-            f"{output} already holds a different run (see {file}); choose another output_dir, or "
-            "remove the folder."
-        )
-    if (output / RESULT_FILE).is_file():
-        raise ValueError(
-            f"{output} already holds this run, finished; remove the folder to train it again."
-        )
-    if not resume:
-        raise ValueError(
-            f"{output} holds this run unfinished; add --resume to go on, or remove the folder."
-        )
-    steps = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return str(steps[-1]) if steps else None
+def _begin_or_go_on(
+    output: Path, recipe: Recipe, changed: list[str] | None, say: Callable[[str], object]
+) -> str | None:
+    """Writes the recipe into its folder; returns the checkpoint that all processes go on from."""
+    checkpoint: Path | None = None
+    if PartialState().is_main_process:
+        if changed is not None:
+            checkpoint = last_whole_checkpoint(output)
+            for text in changed:
+                say(f"{output}: {text}, which changes nothing of what is learnt.")
+            where = f"step {step_of(checkpoint):,}" if checkpoint else "the beginning"
+            say(f"{output} holds this run unfinished; it goes on from {where}.")
+        write_recipe(output, recipe)
+    # The others take the first one's word: it alone has read the checkpoint from end to end.
+    (found,) = broadcast_object_list([None if checkpoint is None else str(checkpoint)])
+    return found
 
 
 __all__ = [

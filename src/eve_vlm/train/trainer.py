@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import DistributedType
 from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from eve_vlm.train.data_log import DataLog
 from eve_vlm.train.guards import Guards
@@ -31,6 +31,7 @@ from eve_vlm.train.parameters import optimizer_groups
 from eve_vlm.train.sections import GuardsSection, StageSection
 from eve_vlm.train.step_sums import StepSums
 from eve_vlm.train.teacher import FrozenTeacher
+from eve_vlm.train.whole_checkpoints import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class BatchInfo(NamedTuple):
     """Tokens with padding."""
 
 
-class EveTrainer(Trainer):
+class EveTrainer(WholeCheckpoints):
     """Trains one stage.
 
     Args:
@@ -75,7 +76,8 @@ class EveTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.stage, self.teacher, self.teacher_side = stage, teacher, teacher_side
-        self.data_log, self.sources = data_log, sources
+        self.data_log = self.data_position = data_log
+        self.sources = sources
         self.args.ignore_data_skip = True  # the stream of rows knows its place
         self.optimizer: torch.optim.Optimizer | None
         self.infos: list[BatchInfo] = []  # of the step that runs
@@ -92,6 +94,10 @@ class EveTrainer(Trainer):
             decode=decode,
         )
         self.add_callback(self.guards)
+
+    def kept(self) -> dict[str, Stateful]:
+        """States that a checkpoint keeps, among them what was added up since the last log."""
+        return super().kept() | {"sums": self._sums}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimizer on the stage's groups."""
