@@ -334,7 +334,7 @@ def test_pictures_shrink_to_fit_and_words_stay(number):
     for room in (len(full.input_ids) - 1, len(words) + 3 * len(made.images)):
         small = encoder(max_length=room, shrink=True)
         if not made.images:  # words are never cut
-            assert f"max_length is {room}" in tiny.refused(lambda: small(made))
+            assert f"max_length is {room}" in tiny.refused(lambda small=small: small(made))
             return
         encoded = small(made)
         assert len(encoded.input_ids) <= room

@@ -17,7 +17,7 @@ from eve_vlm.data.collator import EveCollator
 from eve_vlm.data.encode import BadRecord, Encoder
 from eve_vlm.data.encoded_rows import EncodedRows
 from eve_vlm.data.rows import Rows, RowSampler
-from eve_vlm.data.sources import LlavaSource
+from eve_vlm.data.sources import LlavaSource, Mixture
 from eve_vlm.train.data_log import DataLog
 from eve_vlm.train.parameters import select_trainable
 from eve_vlm.train.sections import AlignmentSection, StageSection
@@ -110,7 +110,7 @@ def trainer_for(
             max_length=256,
             teacher_view=teacher.view if teacher else None,
         )
-        dataset = EncodedRows(LlavaSource(data_file), encoder)
+        dataset = EncodedRows(Mixture([LlavaSource(data_file)]), encoder)
     else:
         dataset = OneByOne(dataset)
     rows = (InOrder if in_order else Rows)(len(dataset), seed=0)
@@ -423,7 +423,7 @@ def test_a_long_list_of_bad_records_is_not_all_logged(data_file, tmp_path, recor
     assert caplog.text.count("left out: ") == 20 and len(trainer.data_log.bad) == 40
 
 
-# --- bad losses, progress -------------------------------------------------------------------------
+# --- bad losses -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -435,14 +435,3 @@ def test_a_loss_that_is_no_number_stops_the_run(data_file, tmp_path, value):
         ValueError, match=r"became (nan|inf) by step 1; lower stage\.learning_rates"
     ):
         trainer.train()
-
-
-def test_progress_shows_terms_and_speed(data_file, tmp_path, teacher, capsys):
-    trainer = trainer_for(data_file, tmp_path, steps=3, teacher=teacher)
-    trainer.add_callback(StageProgress("my stage"))
-    trainer.train()
-    shown = capsys.readouterr().err
-    assert "my stage: 100%" in shown and "3/3" in shown
-    last = shown.split("\r")[-1]
-    for word in ("lm=", "alignment=", "tokens/s="):
-        assert word in last

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from eve_vlm.data.encode import BadRecord, EncodedRecord, Encoder
 from eve_vlm.data.records import Record
-from eve_vlm.data.sources import Source
+from eve_vlm.data.sources import Mixture
 
 Member = int | Record | BadRecord
 """What a row holds: the number of a record, the record, or why a stream could not give it."""
@@ -23,7 +23,7 @@ class EncodedRows:
         encoder: turns each into arrays.
     """
 
-    def __init__(self, records: Source | None, encoder: Encoder):
+    def __init__(self, records: Mixture | None, encoder: Encoder):
         self.records, self.encoder = records, encoder
 
     def __len__(self) -> int:
@@ -38,16 +38,19 @@ class EncodedRows:
         """One record, by its number or as it is."""
         if isinstance(member, BadRecord):
             return member
+        source, index = "", -1
         if not isinstance(member, Record):
             assert self.records is not None
+            number, index = self.records.locate(member)
+            source = self.records.sources[number].name
             try:
                 member = self.records[member]
             except ValueError as error:
-                return BadRecord(str(error), id=f"number {member}")
+                return BadRecord(str(error), id=f"number {index}", source=source, index=index)
         try:
             return self.encoder(member)
         except ValueError as error:
-            return BadRecord(str(error), id=member.id, source=member.source)
+            return BadRecord(str(error), member.id, member.source, index)
 
 
 __all__ = ["EncodedRows"]

@@ -60,11 +60,11 @@ class DataLog:
         return Counter(record.reason for record in self.bad)
 
     def write(self, folder: Path, bad: Sequence[BadRecord]) -> None:
-        """Writes the list of records left out, in the form that `data.quarantine` reads."""
+        """Writes the list of records left out, each once, in the form of `data.quarantine`."""
         if not bad:
             return
         with written_whole(folder / BAD_RECORDS_FILE) as part, part.open("w") as file:
-            for record in bad:
+            for record in dict.fromkeys(bad):
                 file.write(json.dumps(record._asdict(), ensure_ascii=False) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
