@@ -80,10 +80,12 @@ def gpu_peak(name: str, dtype: torch.dtype, *, tf32: bool = False) -> Peak | Non
     return Peak(float(value * TERA), rates.source)
 
 
-def measured_peak(dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3) -> Peak:
-    """The fastest of some products of square matrices on this machine's CPU, in under a second.
+def measured_peak(dtype: torch.dtype, *, size: int = 512, seconds: float = 0.3) -> Peak:
+    """The fastest of many products of square matrices on this machine's CPU, in under a second.
 
-    Draws no random numbers: training has the same ones with and without it.
+    Small ones, which take about a millisecond: on a machine with other work (load 8 on two cores)
+    some of them still run undisturbed, while the best of 1024 x 1024 was 14 times too slow.  Draws
+    no random numbers: training has the same ones with and without it.
     """
     factor = torch.full((size, size), 0.5, dtype=dtype)
     ended, best = time.perf_counter() + seconds, float("inf")
