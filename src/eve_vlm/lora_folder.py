@@ -120,7 +120,7 @@ def fingerprint(folder: str | Path) -> str:
 
     Values are rounded to bfloat16, so a copy in that type has the same fingerprint, and so has one
     in other shards.  The aligner, which a copy may lack, does not count.  Reads headers and a few
-    pages of each file (measured: 0.4 s for a folder of 2.4 GB).
+    pages of each file (measured for 2.4 GB: 0.05 s, and 2 s where nothing of it was in memory).
     """
     digest = hashlib.sha256()
     with WeightReader(folder) as reader:
@@ -346,11 +346,11 @@ def save_adapter(
         save_file(weights, part, metadata={"format": "pt", **notes})
     settings = copy.copy(model.peft_config[ADAPTER])
     settings.inference_mode = True
-    base = Path(settings.base_model_name_or_path).resolve()
-    near = Path(run).resolve().parent in base.parents
-    settings.base_model_name_or_path = (
-        os.path.relpath(base, folder.resolve()) if near else str(base)
-    )
+    base, run = Path(settings.base_model_name_or_path).resolve(), Path(run).resolve()
+    # A checkpoint may be written elsewhere first, but it will lie in its run's folder.
+    place = run if folder.resolve() == run else run / folder.name
+    near = run.parent in base.parents
+    settings.base_model_name_or_path = os.path.relpath(base, place) if near else str(base)
     settings.save_pretrained(str(folder))
     config = copy.deepcopy(model.config)
     if QUANTIZE in notes:

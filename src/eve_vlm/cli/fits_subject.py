@@ -155,8 +155,9 @@ def _pictures_of(config: "EveConfig") -> "EveImageProcessor":
 def _stored(folder: Path) -> dict[str, Any]:
     """The largest file of a checkpoint, and the type in which its weights need no copy."""
     from eve_vlm.checkpoint_files import list_weights
+    from eve_vlm.lora_folder import is_lora
 
-    if not folder.is_dir():
+    if not folder.is_dir() or is_lora(folder):
         return {}
     entries = list(list_weights(folder).values())
     files = {entry.file for entry in entries}

@@ -32,6 +32,7 @@ from eve_vlm.inspection.facts import (
     tokens_facts,
 )
 from eve_vlm.loading import load_config, load_processor
+from eve_vlm.lora_folder import is_lora
 from eve_vlm.published_eve import (
     find_preprocessor,
     image_settings,
@@ -84,7 +85,9 @@ def model_facts(name: str, sizes: Sequence[tuple[int, int]]) -> ModelFacts:
     """
     config, notes = load_config(name), []
     entries, dropped = read_model_weights(name)
-    if entries is None:
+    if is_lora(Path(name).expanduser()):
+        notes.append("It holds LoRA adapters; shown is the model that they make of their base.")
+    elif entries is None:
         notes.append("Its weights are not on this machine; counts are by its configuration.")
     elif not any(weight.startswith("aligner.") for weight in entries):
         config.alignment_config = None  # settings of a training that this copy left behind
