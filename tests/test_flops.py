@@ -318,7 +318,7 @@ def test_a_cpu_is_measured_and_draws_nothing(monkeypatch):
     state = torch.get_rng_state()
     now = iter([0.0, *(0.0, 0.0, 1.0), *(1.0, 1.0, 1.25), *(1.25, 1.25, 3.25), 5.0])
     monkeypatch.setattr("eve_vlm.peaks.time.perf_counter", lambda: next(now))
-    peak = measured_peak(torch.float32, size=64, seconds=4.0)
+    peak = measured_peak(torch.float32, sizes=(64,), seconds=4.0)
     assert peak.flops == 2 * 64**3 / 0.25 and "64 x 64 float32" in peak.source
     monkeypatch.undo()
     # A core of the last twenty years makes a billion operations a second, and none 10^14.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 TERA = 10**12
+SIZES = (256, 1024)  # of matrices by which a CPU is measured
 
 
 class Peak(NamedTuple):
@@ -80,23 +81,28 @@ def gpu_peak(name: str, dtype: torch.dtype, *, tf32: bool = False) -> Peak | Non
     return Peak(float(value * TERA), rates.source)
 
 
-def measured_peak(dtype: torch.dtype, *, size: int = 512, seconds: float = 0.3) -> Peak:
+def measured_peak(
+    dtype: torch.dtype, *, sizes: tuple[int, ...] = SIZES, seconds: float = 0.3
+) -> Peak:
     """The fastest of many products of square matrices on this machine's CPU, in under a second.
 
-    Small ones, which take about a millisecond: on a machine with other work (load 8 on two cores)
-    some of them still run undisturbed, while the best of 1024 x 1024 was 14 times too slow.  Draws
-    no random numbers: training has the same ones with and without it.
+    Small ones take a fraction of a millisecond, and on a machine with other work some of them still
+    run undisturbed; large ones use all cores.  What other work takes all the time is missing here
+    as it is in training.  Draws no random numbers: training has the same ones with and without it.
     """
-    factor = torch.full((size, size), 0.5, dtype=dtype)
-    ended, best = time.perf_counter() + seconds, float("inf")
-    torch.mm(factor, factor)  # the first one also starts threads
+    factors = [torch.full((size, size), 0.5, dtype=dtype) for size in sizes]
+    torch.mm(factors[-1], factors[-1])  # the first one also starts threads
+    ended, best, size = time.perf_counter() + seconds, 0.0, 0
     while time.perf_counter() < ended:
-        started = time.perf_counter()
-        torch.mm(factor, factor)
-        best = min(best, time.perf_counter() - started)
+        for factor in factors:
+            started = time.perf_counter()
+            torch.mm(factor, factor)
+            rate = 2 * len(factor) ** 3 / (time.perf_counter() - started)
+            if rate > best:
+                best, size = rate, len(factor)
     threads = torch.get_num_threads()
     source = f"measured: products of {size} x {size} {dtype} matrices on {threads} threads"
-    return Peak(2 * size**3 / best, source.replace("torch.", ""))
+    return Peak(best, source.replace("torch.", ""))
 
 
 def peak_of(device: torch.device, dtype: torch.dtype) -> Peak | None:
