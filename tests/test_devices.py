@@ -9,6 +9,7 @@ there the settings are checked.
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import tiny
 from eve_vlm.data.rows import Position, Rows
@@ -118,6 +122,53 @@ def test_zero_is_one_process(tmp_path, data_file, teacher_folder, one_process, s
     assert_same_run(tmp_path, one_process)
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, data_file, teacher_folder):
+    """A run of two processes, as it stands after three of its six steps."""
+    folder = tmp_path_factory.mktemp("stopped")
+    file = written_recipe(
+        folder, data_file, teacher=teacher_folder, save_strategy="steps", save_steps=3
+    )
+    run_in_ranks(2, "-m", "eve_vlm.cli", "train", file)
+    assert (folder / "run" / "checkpoint-6").is_dir()
+    shutil.rmtree(folder / "run" / "checkpoint-6")
+    for name in ("run.json", "model.safetensors"):
+        (folder / "run" / name).unlink()
+    return folder
+
+
+def copied(stopped, folder):
+    """The stopped run in a folder of its own."""
+    shutil.copytree(stopped / "run", folder / "run")
+    keys = yaml.safe_load((stopped / "recipe.yaml").read_text())
+    keys["output_dir"] = str(folder / "run")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    return folder / "recipe.yaml"
+
+
+def test_one_process_goes_on_where_two_stopped(tmp_path, stopped, one_process):
+    """Two micro-batches take the place of two processes; the rest of the run is the same."""
+    file = copied(stopped, tmp_path)
+    told = run_in_ranks(
+        1, "-m", "eve_vlm.cli", "train", file, "training.gradient_accumulation_steps=2"
+    )
+    assert "checkpoint-3" in told and "gradient_accumulation_steps" in told
+    assert_same_run(tmp_path, one_process)
+
+
+def test_steps_of_another_size_are_refused(tmp_path, stopped):
+    file = copied(stopped, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "eve_vlm.cli", "train", str(file)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=900,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "steps took 2 rows each but now they would take 1" in done.stderr
+
+
 # --- FSDP2 ----------------------------------------------------------------------------------------
 
 
@@ -182,3 +233,57 @@ def test_zero_settings(strategy, stage, offload):
     assert ("offload_param" in zero) == (offload and stage == 3)
     assert zero.get("stage3_gather_16bit_weights_on_model_save", False) == (stage == 3)
     assert made["gradient_clipping"] == "auto"
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_fsdp_settings_arrive(tmp_path, offload):
+    """The library leaves unknown keys out without a word; these it reads."""
+    given = strategy_arguments(DevicesSection(strategy="fsdp2", cpu_offload=offload))
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **given)
+    plugin = dict(arguments.fsdp_plugin_args)
+    assert plugin.pop("fsdp_version") == 2 and plugin.pop("reshard_after_forward") is True
+    assert plugin.pop("cpu_offload", False) == offload
+    assert plugin.pop("state_dict_type") == "FULL_STATE_DICT"
+    assert plugin.pop("auto_wrap_policy") == "TRANSFORMER_BASED_WRAP"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral"])
+def test_fsdp_units(model_type):
+    """Asked of accelerate: what it shards by itself is what the sharded model above does."""
+    model = tiny.model(tiny.config(model_type=model_type, aligned=True))
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP"
+    )
+    chosen = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    units = [module for module in model.modules() if chosen(module)]
+    assert units == sharded_model.units_of(model)
+
+
+# --- the example ----------------------------------------------------------------------------------
+
+
+def test_the_slurm_example_starts_every_process_as_the_trainer_expects(tmp_path):
+    """Run with stand-ins for Slurm's commands: what `eve` is given, in each process."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    say = 'echo "$@ RANK=$RANK LOCAL_RANK=$LOCAL_RANK WORLD_SIZE=$WORLD_SIZE $MASTER_ADDR:$MASTER_PORT"'
+    for name, text in {
+        "scontrol": 'if [ "$1" = show ]; then echo host-a; echo host-b; else echo "$@" >> $LOG; fi',
+        "srun": 'shift; for n in 0 1; do SLURM_PROCID=$n SLURM_LOCALID=$n "$@" || exit $?; done',
+        "eve": f'{say} >> "$LOG"; exit $CODE',
+    }.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    log = tmp_path / "log"
+    for code in (0, 143):
+        environment = {
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            **{"LOG": str(log), "CODE": str(code), "SLURM_NTASKS": "2"},
+            **{"SLURM_JOB_NODELIST": "host-[a-b]", "SLURM_JOB_ID": "77"},
+        }
+        command = ["bash", "examples/slurm/train.sbatch", "tiny/1_prealign", "seed=1 2"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=60)
+        assert done.returncode == code
+    first = "train tiny/1_prealign seed=1 2 RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 host-a:29500"
+    second = first.replace("RANK=0", "RANK=1")
+    assert log.read_text().splitlines() == [first, second, first, "requeue 77"]

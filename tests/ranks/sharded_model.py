@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tiny
+from eve_vlm.layer_taps_eve import layers_of
 
 STEPS = 4
 
@@ -60,11 +61,16 @@ def new_model():
     return tiny.model(tiny.config(aligned=True)).train()
 
 
+def units_of(model):
+    """Modules that are sharded each by itself."""
+    return [model.model.vision_tower, *layers_of(model.model.language_model)]
+
+
 def shard(model):
-    """Layer by layer, as `devices.strategy: fsdp2` does, and the rest as one."""
+    """The units of `devices.strategy: fsdp2` (`test_fsdp_units` holds that), the rest as one."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.language_model.layers:
-        fully_shard(layer, mesh=mesh)
+    for unit in units_of(model):
+        fully_shard(unit, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 

@@ -53,7 +53,7 @@ class BadRecord(NamedTuple):
     reason: str
     id: str = ""
     source: str = ""
-    index: int = -1
+    number: int = -1
     """Its number in the data set; -1 in a stream, which has none."""
 
 

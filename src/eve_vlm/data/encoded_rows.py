@@ -46,7 +46,7 @@ class EncodedRows:
             try:
                 member = self.records[member]
             except ValueError as error:
-                return BadRecord(str(error), id=f"number {index}", source=source, index=index)
+                return BadRecord(str(error), f"number {index}", source, index)
         try:
             return self.encoder(member)
         except ValueError as error:

@@ -68,7 +68,13 @@ def build_data(
         label_weight=recipe.stage.label_weight,
         sources=names,
     )
-    log = DataLog(sampler, max_bad_share=recipe.data.max_bad_share)
+    log = DataLog(
+        sampler,
+        max_bad_share=recipe.data.max_bad_share,
+        rows_per_step=arguments.per_device_train_batch_size
+        * arguments.gradient_accumulation_steps
+        * arguments.world_size,
+    )
     return RunData(dataset, collator, log, names)
 
 

@@ -30,10 +30,12 @@ class DataLog:
     Args:
         rows: the batches that this process reads.
         max_bad_share: a larger share of records that cannot be used ends the run.
+        rows_per_step: rows of all processes and micro-batches of an optimizer step.
     """
 
-    def __init__(self, rows: RowSampler, *, max_bad_share: float):
+    def __init__(self, rows: RowSampler, *, max_bad_share: float, rows_per_step: int = 1):
         self.rows, self.max_bad_share = rows, max_bad_share
+        self.rows_per_step = rows_per_step
         self.num_records = 0
         self.bad: list[BadRecord] = []
 
@@ -65,12 +67,15 @@ class DataLog:
             return
         with written_whole(folder / BAD_RECORDS_FILE) as part, part.open("w") as file:
             for record in dict.fromkeys(bad):
-                file.write(json.dumps(record._asdict(), ensure_ascii=False) + "\n")
+                entry = {"source": record.source, "id": record.id, "index": record.number}
+                line = json.dumps(entry | {"reason": record.reason}, ensure_ascii=False)
+                file.write(line + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         """Position and counts, as JSON takes them."""
         return {
             "rows": self.rows.state_dict(),
+            "rows_per_step": self.rows_per_step,
             "num_records": self.num_records,
             "bad": [list(record) for record in self.bad],
         }
@@ -79,8 +84,15 @@ class DataLog:
         """Goes on from a saved state.
 
         Raises:
-            ValueError: if it belongs to other data.
+            ValueError: if it belongs to other data, or to steps of another size.
         """
+        if state["rows_per_step"] != self.rows_per_step:
+            raise ValueError(
+                f"The checkpoint's steps took {state['rows_per_step']} rows each but now they "
+                f"would take {self.rows_per_step}; give the number of processes, "
+                "training.per_device_train_batch_size and training.gradient_accumulation_steps "
+                "whose product is the same."
+            )
         self.rows.load_state_dict(state["rows"])
         self.num_records = state["num_records"]
         self.bad = [BadRecord(*record) for record in state["bad"]]

@@ -1,8 +1,9 @@
 """How `devices.strategy` of a recipe becomes arguments of the library's trainer.
 
 One key says how a model is spread; the settings behind it are here and not in every recipe.  A
-recipe that needs others gives `training.deepspeed` or `training.fsdp` itself.  Easy to get wrong:
-DeepSpeed clips gradients only where its own configuration says so, hence `gradient_clipping: auto`.
+recipe that needs others gives `training.deepspeed` or `training.fsdp_config` itself.  Easy to get
+wrong: DeepSpeed clips gradients only where its own configuration says so, hence
+`gradient_clipping: auto`; and unknown keys of `fsdp_config` are left out without a word.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ def strategy_arguments(devices: DevicesSection) -> dict[str, Any]:
     if devices.strategy == "ddp":
         return {}
     if devices.strategy == "fsdp2":
-        return {"fsdp": "full_shard", "fsdp_config": _fsdp2(devices.cpu_offload)}
+        return {"fsdp": True, "fsdp_config": _fsdp2(devices.cpu_offload)}
     stage = 2 if devices.strategy == "zero2" else 3
     return {"deepspeed": _zero(stage, devices.cpu_offload)}
 
@@ -46,7 +47,7 @@ def _fsdp2(offload: bool) -> dict[str, Any]:
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "reshard_after_forward": True,
-        "offload_params": offload,
+        "cpu_offload": offload,
         "state_dict_type": "FULL_STATE_DICT",
     }
 

@@ -34,6 +34,8 @@ MAY_CHANGE = (
     *("name", "output_dir", "samples", "samples.*", "training.report_to", "training.logging_*"),
     *("training.log_level*", "training.disable_tqdm", "training.save_*", "training.hub_*"),
     *("training.push_to_hub", "training.project", "training.trackio_*"),
+    # How a step is cut for other devices; the rows of a step must stay, which `DataLog` checks.
+    *("training.per_device_train_batch_size", "training.gradient_accumulation_steps"),
     # How fast data come; the order of records does not depend on it.
     "training.dataloader_*",
     *("training.ddp_timeout", "training.skip_memory_metrics", "training.torch_empty_cache_steps"),
