@@ -12,6 +12,7 @@ import typer
 
 from .asking import ask
 from .chatting import chat
+from .checking_data import check
 from .comparing import parity
 from .comparing_runs import compare_run
 from .data import data_app
@@ -60,6 +61,7 @@ COMMANDS = (
 )
 for command in COMMANDS:
     app.command()(command)
+data_app.command()(check)
 app.add_typer(data_app, name="data")
 app.add_typer(assets_app, name="assets")
 
