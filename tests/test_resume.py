@@ -391,7 +391,7 @@ def free_port():
 def start_ranks(processes, *arguments, before=()):
     """Two processes of one run, as torchrun starts them."""
     places = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    places["MASTER_PORT"] = str(free_port())
+    places |= {"MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
     return [
         processes.start(
             *("train", *arguments),
@@ -407,27 +407,38 @@ def ended(processes, ranks):
     return [processes.exit_code(rank) for rank in ranks]
 
 
-def test_two_processes_stop_at_the_same_step_and_go_on(processes, recipe_file, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_two_processes_stop_at_the_same_step_and_go_on(processes, recipe_file, tmp_path, strategy):
     """Only the second is told to stop; later both are killed while they save; then they end."""
+    if strategy == "zero2":
+        pytest.importorskip("deepspeed", reason="needs the extra train")
     whole, output = tmp_path / "whole", tmp_path / "run"
-    ranks = start_ranks(processes, recipe_file, *settings(whole, 10))
+    command = (recipe_file, f"devices.strategy={strategy}")
+    ranks = start_ranks(processes, *command, *settings(whole, 10))
     assert ended(processes, ranks) == [0, 0], ranks[0].err
-    arguments, slow = (recipe_file, *settings(output, 10)), (SLOW_STEPS.format(seconds=0.05),)
+    command, slow = (*command, *settings(output, 10)), (SLOW_STEPS.format(seconds=0.05),)
 
-    ranks = start_ranks(processes, *arguments, before=slow)
+    ranks = start_ranks(processes, *command, before=slow)
     wait_until(lambda: checkpoints_in(output) or not ranks[0].alive)
     ranks[1].send(signal.SIGTERM)
     assert ended(processes, ranks) == [143, 143], ranks[0].err
 
-    killed = start_ranks(processes, *arguments, before=slow)
+    killed = start_ranks(processes, *command, before=slow)
     wait_until(lambda: rests(output) or not killed[0].alive)
     for rank in killed:
         rank.send(signal.SIGKILL)
     assert ended(processes, killed) == [-9, -9], killed[0].err
 
-    last = start_ranks(processes, *arguments)
+    last = start_ranks(processes, *command)
     assert ended(processes, last) == [0, 0], last[0].err
-    assert_same_run(output, whole, ranks=2)
+    if strategy == "ddp":
+        assert_same_run(output, whole, ranks=2)
+    else:  # optimizer and schedule are in files of DeepSpeed's own
+        wanted = (whole / "model.safetensors").read_bytes()
+        assert (output / "model.safetensors").read_bytes() == wanted
+        losses = [logged(read(run / "run.json")["losses"]) for run in (output, whole)]
+        assert losses[0] == losses[1]
+        assert problem_of(checkpoints_in(output)[-1]) is None
 
 
 # --- broken checkpoints ---------------------------------------------------------------------------
