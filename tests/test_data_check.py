@@ -4,6 +4,7 @@ Counts, ids, lengths and labels are exact.  A reader would get wrong that record
 others are reported where they come again, never where they came first.
 """
 
+import gzip
 import io
 import json
 import os
@@ -382,6 +383,22 @@ def test_a_stream_is_checked_as_the_same_file_by_number(tmp_path):
             for kind, number, id in found_in(by_number)
         )
         assert found_in(in_order) == expected
+
+
+def test_a_stream_that_breaks_off_is_shown_and_ends_with_2(tmp_path):
+    """What was read is reported; the rest is neither fine nor bad."""
+    file, _ = one_of_every(tmp_path / "data")
+    samples = json.loads(file.read_text(encoding="utf-8"))
+    whole = gzip.compress("\n".join(map(json.dumps, samples * 40)).encode())
+    (tmp_path / "data" / "cut.jsonl.gz").write_bytes(whole[:-200])
+    recipe = recipe_file(tmp_path, tmp_path / "data" / "cut.jsonl.gz")
+    keys = yaml.safe_load(recipe.read_text("utf-8"))
+    keys["data"]["sources"][0]["streaming"] = True
+    recipe.write_text(yaml.safe_dump(keys), encoding="utf-8")
+    done = run(recipe, "--workers", 0)
+    assert done.exit_code == 2 and "cut short or damaged" in done.stdout
+    read = int(re.search(r"cut: (\d+) records", done.stdout)[1])
+    assert 0 < read < len(samples) * 40
 
 
 # --- duplicates -----------------------------------------------------------------------------------
