@@ -215,7 +215,7 @@ def frozen_teacher(case: Case, model: Any) -> Any:
 
 
 class Records:
-    """Encoded records of the wanted length, made when asked for, as `EncodedDataset` does."""
+    """Encoded records of the wanted length, made when asked for, as `EncodedRows` does."""
 
     def __init__(self, case: Case, vision: Any, *, view: int):
         self.work, self.vision, self.view = case.work, vision, view
@@ -223,7 +223,11 @@ class Records:
     def __len__(self) -> int:
         return 2 * self.work.get("batch", 1) * self.work.get("accumulation", 1)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, row: list[int]) -> list[Any]:
+        """A row of one record."""
+        return [self.encoded(index) for index in row]
+
+    def encoded(self, index: int) -> Any:
         """Where the case is padded, every second one is shorter."""
         import numpy as np
 
@@ -254,6 +258,8 @@ def train(case: Case, folder: str) -> None:
 
     from eve_vlm import EveForConditionalGeneration, EveForPreTraining
     from eve_vlm.data.collator import EveCollator
+    from eve_vlm.data.rows import Rows, RowSampler
+    from eve_vlm.train.data_log import DataLog
     from eve_vlm.train.parameters import select_trainable
     from eve_vlm.train.sections import StageSection
     from eve_vlm.train.trainer import EveTrainer
@@ -291,10 +297,13 @@ def train(case: Case, folder: str) -> None:
     if work.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     view = teacher.view.size if teacher else 0
+    records = Records(case, config.vision_config, view=view)
+    rows = RowSampler(Rows(len(records), seed=0), batch_size=work.get("batch", 1))
     trainer = EveTrainer(
         model=model,
         args=arguments,
-        train_dataset=Records(case, config.vision_config, view=view),
+        train_dataset=records,
+        data_log=DataLog(rows, max_bad_share=0.0),
         data_collator=EveCollator(0),
         stage=stage,
         teacher=teacher,

@@ -372,3 +372,16 @@ def test_teacher_views_follow_pictures_that_shrink():
     (canvas,) = encoded.teacher_pixel_values
     inside = (canvas != np.array([9, 9, 9])).any(-1)
     assert inside[:15, :15].mean() > 0.9 and not inside[15:].any() and not inside[:, 15:].any()
+
+
+def test_a_template_that_refuses_a_record_is_a_reason():
+    """Templates may raise by themselves; a run must count the record and go on."""
+    strict = (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'user' %}"
+        "{{ raise_exception('turns must begin with the user') }}{% endif %}"
+        "{% for part in message['content'] %}{{ part.get('text', '<image>') }}{% endfor %}"
+        "{% endfor %}"
+    )
+    made = record([{"role": "assistant", "content": [{"type": "text", "text": "Hello"}]}])
+    text = refused(encoder(strict), made)
+    assert "refuses it (turns must begin with the user)" in text and "'r1'" in text

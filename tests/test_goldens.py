@@ -471,7 +471,7 @@ def test_training_batch_from_conversations(case: golden.Training, tmp_path: Path
     both = product.processor(case.info["image_processor"])
     encoder = Encoder(both, format=kind, max_length=10**6, teacher_view=teacher_for(case).view)
     records = product.llava_records(path, system=system).values()
-    batch = EveCollator(pad_token_id=0)([encoder(record) for record in records])
+    batch = EveCollator(pad_token_id=0)([[encoder(record)] for record in records])
     expected = product.training_batch(case, both.image_token_id)
     for key, value in expected.inputs.items():
         assert torch.equal(batch[key], value), key
@@ -807,7 +807,9 @@ def test_collated_batch() -> None:
     expected, encoder = golden.text()["collated_v1"], text_encoder("v1")
     records = [record_of("v1", name) for name in expected["ids"]]
     encoded = [encoder(record) for record in records]
-    batch = EveCollator(pad_token_id=encoder.processor.tokenizer.pad_token_id)(encoded)
+    batch = EveCollator(pad_token_id=encoder.processor.tokenizer.pad_token_id)(
+        [[record] for record in encoded]
+    )
     merge = encoder.processor.image_processor.merge_size
     counts = product.tokens_of(batch["image_grid_thw"], merge)
     for index, record in enumerate(records):

@@ -56,6 +56,7 @@ class EveCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Joins what can be used; without any such record, a row that teaches nothing."""
+        assert not any(isinstance(row, EncodedRecord | BadRecord) for row in rows), "not in rows"
         usable = [[item for item in row if isinstance(item, EncodedRecord)] for row in rows]
         usable = [row for row in usable if row]
         batch = self._texts(usable or [[self._nothing()]]) | _pictures(usable)

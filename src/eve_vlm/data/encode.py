@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -184,7 +185,12 @@ class Encoder:
     ) -> tuple[list[int], list[int]]:
         """Token ids and labels of a conversation, each picture still one placeholder."""
         plain = (format or self.format) == "plain"
-        text, spans = self._plain(messages) if plain else self._chat(messages)
+        try:
+            text, spans = self._plain(messages) if plain else self._chat(messages)
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template refuses it ({error}); mend its turns or the template."
+            ) from None
         if not spans:
             raise ValueError(
                 "it holds no answer to learn from; give at least one assistant message."
