@@ -5,6 +5,7 @@ print is not judged here, only that they work as written. One thing a reader wou
 lines are checked against the Makefile, because `make demo` takes ten minutes.
 """
 
+import json
 import os
 import re
 import shlex
@@ -57,6 +58,12 @@ def folder(quickstart, tmp_path_factory):
     (here / "runs").mkdir()
     (here / "runs" / "quickstart").symlink_to(quickstart, target_is_directory=True)
     Image.new("RGB", (90, 60), "orange").save(here / "picture.png")
+    turns = [
+        {"from": "human", "value": "<image>\nWhich colour?"},
+        {"from": "gpt", "value": "Orange."},
+    ]
+    asked = [{"id": "1", "image": "picture.png", "conversations": turns}]
+    (here / "picture-questions.json").write_text(json.dumps(asked))
     published.hub_cache(here / "hub")
     decoder_folder(here / "my-decoder", "llama")
     tiny.lora_adapter(here / "runs" / "lora", base=quickstart)
