@@ -799,3 +799,11 @@ def test_ctrl_c_ends_in_one_line_and_writes_nothing(tmp_path):
     assert process.returncode == 130, error
     assert "Traceback" not in error and "Stopped after" in error and not out
     assert sorted(os.listdir(tmp_path)) == ["data.jsonl"]
+
+
+def test_showing_and_checking_are_two_things(tmp_path):
+    """A list that was asked for and not written would pass for a clean one."""
+    file, _ = one_of_every(tmp_path / "data")
+    done = run(recipe_file(tmp_path, file), "--show", 0, "--quarantine", tmp_path / "bad.jsonl")
+    assert "--show only shows records" in str(done.exception)
+    assert not (tmp_path / "bad.jsonl").exists()

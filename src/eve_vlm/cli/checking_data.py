@@ -74,6 +74,10 @@ def check(
     _check_arguments(report, quarantine, error or [])
     subject = read_subject(files, kind, image_folder, model, format, max_length)
     processes = cores() if workers is None else workers
+    if show and (report or quarantine):
+        raise ValueError(
+            "--show only shows records and checks none; leave out --report and --quarantine."
+        )
     if show:
         for wanted in show:
             typer.echo(_shown(subject, wanted))
