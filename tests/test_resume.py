@@ -20,7 +20,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
+from packaging import version
 from transformers.trainer import safe_globals
 
 import tiny
@@ -409,11 +411,16 @@ def ended(processes, ranks):
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_two_processes_stop_at_the_same_step_and_go_on(processes, recipe_file, tmp_path, strategy):
-    """Only the second is told to stop; later both are killed while they save; then they end."""
+    """Only the second is told to stop; later both are killed while they save; then they end.
+
+    Each has a process that reads its data, which must not keep it from ending.
+    """
     if strategy == "zero2":
         pytest.importorskip("deepspeed", reason="needs the extra train")
     whole, output = tmp_path / "whole", tmp_path / "run"
-    command = (recipe_file, f"devices.strategy={strategy}")
+    if strategy == "ddp" and version.parse(transformers.__version__) < version.parse("5.23"):
+        pytest.skip("5.17 cannot load an optimizer in several processes on a CPU (cpu:0)")
+    command = (recipe_file, f"devices.strategy={strategy}", "training.dataloader_num_workers=1")
     ranks = start_ranks(processes, *command, *settings(whole, 10))
     assert ended(processes, ranks) == [0, 0], ranks[0].err
     command, slow = (*command, *settings(output, 10)), (SLOW_STEPS.format(seconds=0.05),)

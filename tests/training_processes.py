@@ -47,9 +47,7 @@ for line in sys.stdin:
             code = 1
         else:
             code = 0
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        raise SystemExit(code)  # and all that the interpreter does at its end, as in any command
     print(pid, flush=True)
 """
 

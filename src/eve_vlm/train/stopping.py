@@ -7,6 +7,7 @@ only one, or each in another step, so at the end of every step all of them agree
 
 import os
 import signal
+import sys
 import threading
 from functools import partial
 from types import FrameType
@@ -101,19 +102,22 @@ def _stay(worker: int, *, then: Any) -> None:
     """Lets a process that reads data live on when its whole group is told to end.
 
     Slurm and a terminal signal every process of a job; without its data the run could not finish
-    its step.  A second SIGTERM ends it, and so does the end of the run.
+    its step.  The process that trains ends it by SIGTERM too, so it counts who sent the signal.
     """
-    came: list[int] = []
-
-    def end(number: int, _: FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
-            os._exit(128 + number)
-
     for number in SIGNALS:
-        signal.signal(number, end if number == signal.SIGTERM else signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere nobody can ask for the sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     if then is not None:
         then(worker)
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 __all__ = ["RunStopped", "StopOnSignal"]
