@@ -372,6 +372,34 @@ def test_sigterm_to_a_fresh_command_and_all_it_started(processes, recipe_file, w
     assert_same_run(output, whole(10))
 
 
+READER = """
+import multiprocessing, subprocess, time, types
+from torch.utils.data import DataLoader
+from eve_vlm.train.stopping import StopOnSignal
+loader = DataLoader(range(1000), num_workers=1)
+arguments = types.SimpleNamespace(world_size=1)
+StopOnSignal().on_train_begin(arguments, None, None, train_dataloader=loader)
+batches = iter(loader)  # alive to the end, as a trainer's may be after an exception
+assert next(batches) == 0
+(reader,) = multiprocessing.active_children()
+for name in ("TERM", "TERM", "INT", "USR1"):
+    subprocess.run(["kill", "-" + name, str(reader.pid)], check=True)
+    time.sleep(0.2)
+assert [int(next(batches)) for _ in range(99)] == list(range(1, 100)) and reader.is_alive()
+print("read on")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there the sender is known")
+def test_a_process_that_reads_data_ends_with_the_one_that_trains_only():
+    """Signals of others do not end it; the end of the interpreter, which sends SIGTERM, does."""
+    done = subprocess.run(
+        [sys.executable, "-c", READER], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "read on\n"
+
+
 def test_training_in_a_thread(make):
     """Where no signal can be caught."""
     results = []
