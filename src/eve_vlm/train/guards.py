@@ -314,7 +314,7 @@ class Guards(TrainerCallback, ExportableState):
         memory.steps += 1
         self._good.append(loss)
         seen = memory.alarm.update(step, loss)
-        if seen is not None and self.section.collapse != "off":
+        if seen is not None and self.section.collapse != "ignore":
             self._collapsed(seen)
 
     def _collapsed(self, seen: Collapse) -> None:

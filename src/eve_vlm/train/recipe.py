@@ -40,6 +40,7 @@ OWNED = {
     "do_predict": "nothing, because a recipe always trains",
     "remove_unused_columns": "nothing, because Trainer would drop the pictures",
     "label_names": "nothing, because the model names its labels itself",
+    "average_tokens_across_devices": "nothing, because every label counts alike on all devices",
     "label_smoothing_factor": "nothing, because the model computes the loss itself",
 }
 """Training arguments that a recipe does not take, and where their value belongs."""

@@ -8,6 +8,7 @@ be there, and a run that has just begun has no curve yet.
 import json
 import logging
 import math
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +63,9 @@ PLOTS = (
 
 
 class RunReport(TrainerCallback):
-    """Writes the page at every checkpoint; with it the records left out until then.
+    """Writes the page at checkpoints, and the records left out until then.
+
+    Drawing takes some seconds, so the page waits until fifty times that has passed since the last.
 
     Args:
         folder: of the run.
@@ -71,6 +74,7 @@ class RunReport(TrainerCallback):
 
     def __init__(self, folder: Path, data_log: DataLog | None = None):
         self.folder, self.data_log = folder, data_log
+        self._not_before = 0.0
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes it."""
@@ -78,10 +82,15 @@ class RunReport(TrainerCallback):
             return
         if self.data_log is not None:
             self.data_log.write(self.folder, self.data_log.bad)
+        began = time.monotonic()
+        if began < self._not_before:
+            return
         try:
             write_run_report(self.folder)
         except OSError as error:  # a page is not worth a run
             logger.warning("%s was not written: %s", self.folder / REPORT_FILE, error)
+        ended = time.monotonic()
+        self._not_before = ended + 50 * (ended - began)
 
 
 def write_run_report(folder: Path) -> Path:

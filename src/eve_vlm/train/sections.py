@@ -190,7 +190,7 @@ class GuardsSection:
     """With `skip`, the run ends when more steps than this had to be skipped."""
     spike: float | None = None
     """A loss this many times its running mean is a spike; null looks for none."""
-    collapse: Literal["warn", "stop", "off"] = "warn"
+    collapse: Literal["warn", "stop", "ignore"] = "warn"
     """What to do when the loss jumps and stays up (paper, figure 5)."""
 
 
