@@ -271,3 +271,74 @@ def test_alignment_does_not_touch_generation():
     batch.pop("labels")
     settings = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(made.generate(**batch, **settings), plain.generate(**batch, **settings))
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def way_of_gradients(model, batch):
+    """Modules in the order in which gradients come back to their outputs, once for each output.
+
+    It is what ZeRO-3 goes by, and all processes must go the same way.
+    """
+    way = []
+
+    class Mark(torch.autograd.Function):
+        @staticmethod
+        def forward(context, tensor, name):
+            context.name = name
+            return tensor.view_as(tensor)
+
+        @staticmethod
+        def backward(context, gradient):
+            way.append(context.name)
+            return gradient, None
+
+    def marked(output, name):
+        if isinstance(output, torch.Tensor):
+            return Mark.apply(output, name) if output.requires_grad else output
+        if isinstance(output, tuple | list):
+            return type(output)(marked(one, name) for one in output)
+        if isinstance(output, dict):
+            for key, value in output.items():
+                output[key] = marked(value, name)
+        return output
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: marked(output, name))
+        for name, module in model.named_modules()
+        if name
+    ]
+    order = []
+    hooks += [
+        parameter.register_hook(lambda _, name=name: order.append(name))
+        for name, parameter in model.named_parameters()
+    ]
+    model(**batch).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return way, order
+
+
+@pytest.mark.parametrize("pool_size", [1, 2])
+def test_gradients_go_the_same_way_with_and_without_pictures(pool_size):
+    """Else ZeRO-2 mixes them and ZeRO-3 waits for ever, where one process has words alone."""
+    model = tiny.model(tiny.config(aligned=True, pool_size=pool_size)).train()
+    pictures = tiny.packed([(2, 4), (4, 2)])
+    token = model.config.image_token_id
+    ids = torch.tensor([[1] + [token] * (2 + 2 * 5 + 4 * 3) + [5, 6, 7, 8]])
+    cells = 16 // pool_size**2
+    with_pictures = {
+        "input_ids": ids,
+        "labels": ids.masked_fill(ids == token, -100),
+        "teacher_features": torch.randn(cells, tiny.TEACHER_WIDTH),
+        **pictures,
+    }
+    words = torch.tensor([[1, 5, 6, 7, 8]])
+    ways = [
+        way_of_gradients(model, batch)
+        for batch in (with_pictures, {"input_ids": words, "labels": words})
+    ]
+    (way, order), (way_of_words, order_of_words) = ways
+    assert way_of_words == way and len(way) > 50
+    assert order_of_words == order and len(order) == len(list(model.named_parameters()))

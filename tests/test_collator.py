@@ -30,12 +30,6 @@ def rows(records):
     return [[record] for record in records]
 
 
-def for_model(batch):
-    """A batch without what is not for the model."""
-    ours = ("record_ids", "source_names", "bad_records", "num_tokens")
-    return {name: value for name, value in batch.items() if name not in ours}
-
-
 def test_texts_are_padded_on_the_right(records):
     batch = EveCollator(77)(rows(records))
     assert batch["bad_records"] == []
@@ -63,7 +57,7 @@ def test_pictures_are_packed_in_the_order_of_their_texts(records):
 
 def test_text_only_batches_have_no_picture_keys(records):
     batch = EveCollator(0)(rows([records[1], records[3]]))
-    assert set(for_model(batch)) == {"input_ids", "labels", "attention_mask"}
+    assert set(tiny.for_model(batch)) == {"input_ids", "labels", "attention_mask"}
 
 
 def test_without_a_teacher_there_are_no_views(records):
@@ -88,7 +82,7 @@ def test_a_batch_of_bad_records_only_teaches_nothing(model):
     batch = EveCollator(5)(rows([BadRecord("broken"), BadRecord("also broken")]))
     assert [bad.reason for bad in batch["bad_records"]] == ["broken", "also broken"]
     assert batch["record_ids"] == [] and batch["num_tokens"] == 0
-    batch = for_model(batch)
+    batch = tiny.for_model(batch)
     assert batch["input_ids"].tolist() == [[5]] and batch["attention_mask"].tolist() == [[1]]
     assert batch["labels"].tolist() == [[-100]] and "pixel_values" not in batch
     with torch.no_grad():
@@ -102,11 +96,11 @@ def test_a_batch_is_what_the_model_takes(records, model):
     1e-5: float32 sums in another order.
     """
     batch = EveCollator(0)(rows(records))
-    batch = for_model(batch)
+    batch = tiny.for_model(batch)
     batch.pop("teacher_pixel_values")
     total, count = 0.0, 0
     for record in records:
-        alone = for_model(EveCollator(0)([[record]]))
+        alone = tiny.for_model(EveCollator(0)([[record]]))
         alone.pop("teacher_pixel_values", None)
         labels = int((alone["labels"][:, 1:] != -100).sum())
         total, count = total + float(model(**alone).loss) * labels, count + labels

@@ -201,8 +201,9 @@ def test_a_step_teaches_both_parts(made):
     """Encoded with pictures, one optimizer step: finite, and every new weight has a gradient."""
     processor = made.engine.processor
     encoder = Encoder(processor, format="chat", max_length=300)
-    batch = EveCollator(processor.tokenizer.pad_token_id)([encoder(one) for one in records()])
-    assert "bad_records" not in batch
+    batch = EveCollator(processor.tokenizer.pad_token_id)([[encoder(one)] for one in records()])
+    assert batch["bad_records"] == []
+    batch = tiny.for_model(batch)
     learnt = batch["labels"][0][batch["labels"][0] != -100]
     assert "a red square" in processor.tokenizer.decode(learnt)
     model = load_model(made.folder).train()
@@ -628,7 +629,7 @@ def test_a_budget_keeps_to_the_teachers_canvas(tmp_path, llama, teacher_folder):
     teacher = FrozenTeacher.from_pretrained(str(teacher_folder), cells=4)
     encoder = Encoder(processor, format="chat", max_length=300, teacher_view=teacher.view)
     assert isinstance(teacher.view, TeacherView)
-    batch = EveCollator(0)([encoder(one) for one in records()])
+    batch = EveCollator(0)([[encoder(one)] for one in records()])
     features = teacher.features(batch["teacher_pixel_values"], batch["image_grid_thw"], side=2)
     config = EveConfig.from_pretrained(tmp_path / "new")
     config.alignment_config = tiny.config(aligned=True).alignment_config

@@ -588,7 +588,8 @@ def test_tapped_layers_are_the_hidden_states(model):
     for tap, state in zip(taps, out.image_taps, strict=True):
         assert torch.equal(state, out.hidden_states[tap][mask])
     assert [len(layer._forward_hooks) for layer in layers] == before
-    assert model.model(**inputs_for([[]]), image_taps=taps).image_taps is None
+    words = model.model(**inputs_for([[]]), image_taps=taps).image_taps
+    assert [tuple(state.shape) for state in words] == [(0, tiny.WIDTH)] * 4
 
 
 def test_hooks_are_taken_off_after_an_error(model):

@@ -21,7 +21,6 @@ from eve_vlm.data.rows import Position, Rows, RowSampler, steps_of
 from eve_vlm.data.teacher_view import TeacherView
 
 SAME = 1e-5
-NOT_FOR_THE_MODEL = ("record_ids", "source_names", "bad_records", "num_tokens")
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -209,10 +208,6 @@ def records(processor):
     return made
 
 
-def for_model(batch):
-    return {name: value for name, value in batch.items() if name not in NOT_FOR_THE_MODEL}
-
-
 def in_rows(records):
     """Three packed rows of different lengths."""
     return [
@@ -256,7 +251,7 @@ def test_packed_is_separate_in_training(records, attention, checkpointing, weigh
         model = tiny.model(tiny.config(aligned=True), attn_implementation=attention).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        batch = for_model(EveCollator(0, packed=packed, label_weight=weight)(rows))
+        batch = tiny.for_model(EveCollator(0, packed=packed, label_weight=weight)(rows))
         batch.pop("teacher_pixel_values")
         features = torch.randn(
             int((batch["image_grid_thw"][:, 1:] // tiny.MERGE).prod(1).sum()),
@@ -278,7 +273,7 @@ def test_packed_is_separate_in_training(records, attention, checkpointing, weigh
 def test_a_leak_would_be_seen(records):
     """With an attention mask of ones records see each other: the test above is able to fail."""
     model = tiny.model(tiny.config()).train()
-    batch = for_model(EveCollator(0, packed=True)(in_rows(records)))
+    batch = tiny.for_model(EveCollator(0, packed=True)(in_rows(records)))
     batch.pop("teacher_pixel_values")
     right = float(model(**batch).loss)
     leaking = float(model(**batch, attention_mask=torch.ones_like(batch["input_ids"])).loss)
@@ -290,7 +285,7 @@ def test_packed_is_separate_with_flex_attention(records):
     losses = []
     for attention in ("sdpa", "flex_attention"):
         model = tiny.model(tiny.config(hidden_size=128, head_dim=32), attn_implementation=attention)
-        batch = for_model(EveCollator(0, packed=True)(in_rows(records)[:1]))
+        batch = tiny.for_model(EveCollator(0, packed=True)(in_rows(records)[:1]))
         batch.pop("teacher_pixel_values")
         with torch.no_grad():
             losses.append(float(model(**batch).loss))
@@ -318,7 +313,7 @@ def test_the_bounds_are_what_variable_length_attention_reads(records):
         for attention in ("sdpa", "by_bounds"):
             model = tiny.model(tiny.config()).train()
             model.model.language_model.config._attn_implementation = attention
-            batch = for_model(EveCollator(0, packed=True, varlen=True)([records]))
+            batch = tiny.for_model(EveCollator(0, packed=True, varlen=True)([records]))
             batch.pop("teacher_pixel_values")
             losses.append(float(model(**batch).loss))
     finally:

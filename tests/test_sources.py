@@ -197,7 +197,7 @@ def test_malformed_records_are_bad_records_not_crashes(tmp_path, processor, bad)
     """Reading the file works; the record itself says what is wrong when it is asked for."""
     file = write(tmp_path, [sample(), bad, sample()])
     encoder = Encoder(processor, format="chat", max_length=256)
-    rows = EncodedRows(LlavaSource(file), encoder)
+    rows = EncodedRows(Mixture([LlavaSource(file)]), encoder)
     first, found, last = rows[[0, 1, 2]]
     assert isinstance(first, EncodedRecord) and isinstance(last, EncodedRecord)
     assert isinstance(found, BadRecord)

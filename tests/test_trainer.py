@@ -161,12 +161,6 @@ def assert_same(made, expected, tolerance=SAME):
     assert float((made - expected).abs().max()) <= allowed
 
 
-def for_model(batch):
-    """A batch without what the trainer takes out of it."""
-    ours = ("record_ids", "source_names", "bad_records", "num_tokens")
-    return {name: value for name, value in batch.items() if name not in ours}
-
-
 def logged(trainer, key):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
@@ -219,7 +213,7 @@ def test_the_first_loss_is_the_models_own(data_file, tmp_path, teacher):
     trainer = trainer_for(data_file, tmp_path, batch=4, accumulation=2, teacher=teacher)
     model = trainer.model.train()
     collate = EveCollator(0)
-    batch = for_model(collate([trainer.train_dataset[[index]] for index in range(8)]))
+    batch = tiny.for_model(collate([trainer.train_dataset[[index]] for index in range(8)]))
     features = teacher.features(
         batch.pop("teacher_pixel_values"), batch["image_grid_thw"], side=tiny.MERGE
     )

@@ -240,6 +240,12 @@ def recipe(file: Path, data: dict[str, Any], *overrides: str) -> Recipe:
     return load_recipe(file, overrides)
 
 
+def for_model(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of the collator without what the trainer takes out of it."""
+    ours = ("record_ids", "source_names", "bad_records", "num_tokens")
+    return {name: value for name, value in batch.items() if name not in ours}
+
+
 def refused(action: Callable[[], object], *, end: str = "") -> str:
     """The message of the ValueError that `action` must raise: one line, with this end."""
     with pytest.raises(ValueError) as caught:

@@ -178,6 +178,8 @@ class EveForPreTraining(EveForConditionalGeneration):
         Returns:
             `loss` is lm + weight x alignment; `loss_terms` has both, unweighted.
         """
+        # Without pictures, too: every process has to do the same (`_untouched_aligner`).
+        learning = teacher_features is not None or (self.training and labels is not None)
         output = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -188,13 +190,13 @@ class EveForPreTraining(EveForConditionalGeneration):
             inputs_embeds=inputs_embeds,
             labels=labels,
             logits_to_keep=logits_to_keep,
-            image_taps=None if teacher_features is None else self.aligner.taps,
+            image_taps=self.aligner.taps if learning else None,
             **kwargs,
         )
         if output.loss is None or output.loss_terms is None:
             return output
-        if output.image_taps is None or teacher_features is None or image_grid_thw is None:
-            term = self._untouched_aligner(output.loss.device)
+        if teacher_features is None or image_grid_thw is None or output.image_taps is None:
+            term = self._untouched_aligner(output.image_taps or (), output.loss.device)
         else:
             term = self._alignment_term(
                 output.image_taps, teacher_features, image_grid_thw, num_images_in_batch
@@ -204,19 +206,23 @@ class EveForPreTraining(EveForConditionalGeneration):
         output.image_taps = None
         return output
 
-    def _untouched_aligner(self, device: torch.device) -> torch.Tensor:
-        """Exactly zero, but through every aligner weight, in the order of a picture.
+    def _untouched_aligner(
+        self, image_taps: tuple[torch.Tensor, ...], device: torch.device
+    ) -> torch.Tensor:
+        """Exactly zero, but by the way that pictures take: one blank cell, and every tap (0, D).
 
-        DDP and ZeRO-3 wait for ever for parameters that one process did not touch.  ZeRO-2 adds up
-        gradients of all processes in the order in which they appear, so a sum over the weights is
-        not enough: it mixed the gradients of norms and maps without a word (measured: 1e-3 of the
-        loss after one such step).
+        DDP and ZeRO-3 wait for ever for parameters that one process did not touch, and that is not
+        all.  ZeRO-2 adds up gradients of all processes in the order in which they appear: a sum
+        over the weights mixed those of norms and maps without a word (measured: 1e-3 of the loss
+        after one such step).  ZeRO-3 counts the outputs of each module that gradients come back
+        to: without taps it waited for ever.
         """
         cell = self.aligner.merge_size * self.aligner.pool_size
         tokens = 1 + self.aligner.pool_size * (self.aligner.pool_size + 1)
         state = torch.zeros(tokens, self.config.text_config.hidden_size, device=device)
+        states = [state + 0.0 * tap.sum() for tap in image_taps] or [state] * len(self.aligner.taps)
         grid = torch.tensor([[1, cell, cell]], device=device)
-        return 0.0 * self.aligner((state,) * len(self.aligner.taps), grid).sum()
+        return 0.0 * self.aligner(tuple(states), grid).sum()
 
     def _alignment_term(
         self,

@@ -43,9 +43,11 @@ class LayerTaps:
     def at(
         self, mask: torch.Tensor | None, first: torch.Tensor, last: torch.Tensor
     ) -> tuple[torch.Tensor, ...] | None:
-        """The tapped states at `mask`, each (N, D), in the order asked for."""
-        if self.taps is None or mask is None:
+        """The tapped states at `mask`, each (N, D), in the order asked for; (0, D) without one."""
+        if self.taps is None:
             return None
+        if mask is None:
+            mask = torch.zeros(first.shape[:2], dtype=torch.bool, device=first.device)
         self.outputs |= {0: first, len(self.layers): last}
         return tuple(self.outputs[tap][mask] for tap in self.taps)
 

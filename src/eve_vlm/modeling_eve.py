@@ -214,7 +214,7 @@ class EveModel(EvePreTrainedModel):
         if features is None and input_ids is not None and beginning:
             # Later steps of generation have their pictures in the cache, and no time to count.
             self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds[0, :0])
-        taps = LayerTaps(self.language_model, image_taps if mask is not None else None)
+        taps = LayerTaps(self.language_model, image_taps)
         with taps:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,

@@ -6,6 +6,7 @@ Every process has its own pictures; from the second step on one of them has word
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -113,7 +114,10 @@ def main(folder):
     dcp.save({"model": weights}, checkpoint_id=folder / "end")
     if rank == 0:
         (folder / "losses.json").write_text(json.dumps({"losses": losses, "again": again}))
+    dist.barrier()
     dist.destroy_process_group()
+    # Not by the interpreter's end, where a thread of gloo may abort a process that has done its work.
+    os._exit(0)
 
 
 if __name__ == "__main__":
