@@ -14,6 +14,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(INSTALLED)  ## train the quickstart model and let it answer (about ten minutes on two cores)
 	$(BIN)/eve quickstart
 
+# Two workers that both use all cores wait for each other in loops.
+test test-all: export OMP_NUM_THREADS := 1
+
 test: $(INSTALLED)  ## all tests but the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
