@@ -40,7 +40,7 @@ def compare_run(
 
     eve compare-run runs/quickstart/prealign
 
-    Exit code 0 when every fifth of every term lies within 3 spreads, 1 when one does not.
+    Exit code 0 when every fifth of every term lies within its limit, 1 when one does not.
     """
     from eve_vlm.train.curves import compare, read_run, reference, shipped_reference
 
