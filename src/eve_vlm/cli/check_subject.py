@@ -47,7 +47,7 @@ def read_subject(
         ValueError: for what a user can mend in arguments, recipe or data.
     """
     from eve_vlm.data.check import Numbered, Streamed
-    from eve_vlm.data.sources import build_source
+    from eve_vlm.data.sources import source_of
     from eve_vlm.data.sources.streams import build_stream
     from eve_vlm.train.recipe import load_recipe
 
@@ -62,16 +62,7 @@ def read_subject(
         if section.streaming:
             data_sets.append(Streamed(build_stream([section], endless=False).streams[0]))
             continue
-        source = build_source(
-            section.kind,
-            path=section.path,
-            image_folder=section.image_folder,
-            options=section.options,
-            seed=seed,
-            name=section.name,
-            split=section.split,
-            columns=section.columns,
-        )
+        source = source_of(section, seed=seed)
         data_sets.append(Numbered(source))
     if all(data_set.records == 0 for data_set in data_sets):
         raise ValueError(f"{files[0]} holds no records, so there is nothing to check.")

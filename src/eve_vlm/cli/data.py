@@ -58,20 +58,11 @@ def index(
     from tqdm.auto import tqdm
 
     from eve_vlm.data.indexing import files_of, index_sources
-    from eve_vlm.data.sources import build_source
+    from eve_vlm.data.sources import source_of
 
     sections, seed = read_sections(files, kind=kind, image_folder=image_folder)
     sources = [
-        build_source(
-            section.kind,
-            path=section.path,
-            image_folder=section.image_folder,
-            options=section.options,
-            seed=seed,
-            name=section.name,
-            split=section.split,
-            columns=section.columns,
-        )
+        source_of(section, seed=seed)
         for section in sections
         if section.kind != "scenes" and not section.streaming
     ]

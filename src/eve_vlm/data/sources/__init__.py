@@ -1,6 +1,6 @@
 """Where records come from: files in many forms, behind one shape, and mixtures of them."""
 
-from eve_vlm.data.sources.build import build_mixture, build_source
+from eve_vlm.data.sources.build import build_mixture, build_source, source_of
 from eve_vlm.data.sources.mixture import Mixture, MixtureRow
 from eve_vlm.data.sources.quarantine import Quarantine, read_quarantine
 from eve_vlm.data.sources.source import LlavaSource, Source
@@ -14,4 +14,5 @@ __all__ = [
     "build_mixture",
     "build_source",
     "read_quarantine",
+    "source_of",
 ]

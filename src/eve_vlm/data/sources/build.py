@@ -53,19 +53,7 @@ def build_mixture(
     Raises:
         ValueError: for what a user can mend in the recipe or the data.
     """
-    sources = [
-        build_source(
-            section.kind,
-            path=section.path,
-            image_folder=section.image_folder,
-            options=section.options,
-            seed=seed,
-            name=section.name,
-            split=section.split,
-            columns=section.columns,
-        )
-        for section in sections
-    ]
+    sources = [source_of(section, seed=seed) for section in sections]
     if quarantine is not None:
         listed = read_quarantine(quarantine)
         unknown = {name for name, _ in listed} - {source.name for source in sources}
@@ -79,6 +67,24 @@ def build_mixture(
     if any(section.weight is not None for section in sections):
         return Mixture(sources, weights=[section.weight for section in sections])
     return Mixture(sources, [section.repeat for section in sections])
+
+
+def source_of(section: Any, *, seed: int) -> Source:
+    """The source that a line of the mixture table (`SourceSettings`) describes.
+
+    Raises:
+        ValueError: as `build_source`.
+    """
+    return build_source(
+        section.kind,
+        path=section.path,
+        image_folder=section.image_folder,
+        options=section.options,
+        seed=seed,
+        name=section.name,
+        split=section.split,
+        columns=section.columns,
+    )
 
 
 def build_source(
@@ -170,4 +176,4 @@ def _scenes(options: dict[str, Any], *, seed: int, name: str) -> Source:
     return NamedSource(SceneSource.from_options(options, seed=seed), name=name, settings=settings)
 
 
-__all__ = ["SourceSettings", "build_mixture", "build_source", "name_of"]
+__all__ = ["SourceSettings", "build_mixture", "build_source", "name_of", "source_of"]
