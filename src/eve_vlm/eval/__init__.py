@@ -1,0 +1,1 @@
+"""Evaluation: tasks, metrics, results that can be compared, and other models beside ours."""
