@@ -24,11 +24,12 @@ from safetensors.torch import load_file
 import tiny
 from eve_vlm.data.encode import Encoder
 from eve_vlm.data.records import Record
+from eve_vlm.json_lines import append_lines, read_lines
 from eve_vlm.serve.engine import EveEngine
 from eve_vlm.train import progress, trackers
 from eve_vlm.train.progress import StageProgress, human_time, shown_figures
 from eve_vlm.train.run import train
-from eve_vlm.train.run_log import LOG_FILE, append_lines, cut_lines, read_lines
+from eve_vlm.train.run_log import LOG_FILE, cut_lines
 from eve_vlm.train.sample_answers import (
     SampleAnswers,
     as_table,
@@ -40,7 +41,7 @@ from eve_vlm.train.sample_answers import (
 from eve_vlm.train.sections import SamplesSection, SourceSection
 from eve_vlm.train.trackers import check_trackers
 from eve_vlm.train.trainer import EveTrainer
-from eve_vlm.train.versions import commit_of, versions
+from eve_vlm.versions import commit_of, versions
 
 LOGS = {
     "loss": 2.5,

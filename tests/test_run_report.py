@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 import tiny
 from eve_vlm import html_report
 from eve_vlm.cli import app
+from eve_vlm.json_lines import append_lines, read_lines
 from eve_vlm.train.progress import shown_figures
 from eve_vlm.train.run import train
-from eve_vlm.train.run_log import LOG_FILE, append_lines, read_lines
+from eve_vlm.train.run_log import LOG_FILE
 from eve_vlm.train.run_report import (
     PLOTS,
     answers_of,

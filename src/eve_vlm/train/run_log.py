@@ -6,13 +6,13 @@ goes back to its last checkpoint, so lines of later steps are taken out first, o
 run over itself.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
+from eve_vlm.json_lines import append_lines, read_lines
 from eve_vlm.output_folder import written_whole
 
 LOG_FILE = "log.jsonl"
@@ -52,25 +52,6 @@ class RunLog(TrainerCallback):
         append_lines(self.file, [where | entry])
 
 
-def append_lines(file: Path, entries: list[dict[str, Any]]) -> None:
-    """Adds lines of JSON in one write, so that a stop leaves whole lines or at most a last half."""
-    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    with file.open("a", encoding="utf-8") as out:
-        out.write(text)
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file; none if it is not there.
-
-    The last line may have been cut off by a crash, and is then left out.
-    """
-    if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8").split("\n")
-    # What stands behind the last line break is no whole line.
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
 def cut_lines(file: Path, *, behind: int) -> None:
     """Takes out lines of steps behind one, and a last line that is not whole."""
     if file.is_file():
@@ -80,4 +61,4 @@ def cut_lines(file: Path, *, behind: int) -> None:
             append_lines(part, kept)
 
 
-__all__ = ["LOG_FILE", "RunLog", "append_lines", "cut_lines", "read_lines"]
+__all__ = ["LOG_FILE", "RunLog", "cut_lines"]

@@ -18,12 +18,13 @@ from PIL import Image
 from transformers import TrainerCallback, TrainingArguments
 
 from eve_vlm.html_report import NO_MATPLOTLIB, Points, can_draw, line_plot, picture_uri, render
+from eve_vlm.json_lines import read_lines
 from eve_vlm.output_folder import written_whole
 from eve_vlm.train.data_log import BAD_RECORDS_FILE, DataLog
 from eve_vlm.train.progress import human_time
-from eve_vlm.train.run_log import LOG_FILE, read_lines
+from eve_vlm.train.run_log import LOG_FILE
 from eve_vlm.train.sample_answers import SAMPLES_FILE
-from eve_vlm.train.versions import VERSIONS_FILE
+from eve_vlm.versions import VERSIONS_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -29,10 +29,11 @@ from transformers import DynamicCache, TrainerCallback, TrainingArguments
 from eve_vlm.data.picture_ref import open_image
 from eve_vlm.data.records import Record, parts_of, text_of
 from eve_vlm.image_processing_eve import to_rgb
+from eve_vlm.json_lines import append_lines
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.processing_eve import EveProcessor
 from eve_vlm.serve.engine import EveEngine, Messages
-from eve_vlm.train.run_log import append_lines, cut_lines
+from eve_vlm.train.run_log import cut_lines
 from eve_vlm.train.sections import SamplesSection, SourceSection
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from eve_vlm.train.run_report import RunReport
 from eve_vlm.train.sample_answers import Records, SampleAnswers, held_out
 from eve_vlm.train.sections import Recipe
 from eve_vlm.train.trainer import EveTrainer
-from eve_vlm.train.versions import write_versions
+from eve_vlm.versions import write_versions
 
 logger = logging.getLogger(__name__)
 
