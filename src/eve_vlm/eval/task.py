@@ -119,6 +119,13 @@ class Task(ABC):
             name: 100 * ratio(total, sums[COUNT]) for name, total in sums.items() if name != COUNT
         }
 
+    def settings(self) -> dict[str, Any]:
+        """What besides the version decides samples, prompts and marks; plain JSON.
+
+        A preset, a split, a judge: rows that were made under others are not used again.
+        """
+        return {}
+
     def upload(self, rows: Sequence[Row]) -> dict[str, str]:
         """Files for the server that scores this task, {name: text}; none for most."""
         return {}
