@@ -28,6 +28,7 @@ from .messages import Messages, Prompt, encode, picture_parts, pictures_of, user
 from .reply import Answer, Piece, Reply
 from .running_batch import RunningBatch
 from .sampling import Sampling, TokenLogprob
+from .scoring import LogLikelihood, log_likelihood
 
 WORTH_A_BAR = 2  # rounds of a whole batch; below, nobody waits long enough for a progress bar
 
@@ -180,6 +181,12 @@ class EveEngine:
                 batch.run()
                 replies += [reply for group in chunk for reply in group]
         return [reply.answer for reply in replies if reply.answer is not None]
+
+    def log_likelihood(
+        self, conversations: Sequence[Messages], continuations: Sequence[str], **settings: Any
+    ) -> list[LogLikelihood]:
+        """How likely each text is as the answer to its conversation; see `scoring.py`."""
+        return log_likelihood(self, conversations, continuations, **settings)
 
     def stream(self, messages: Messages, **settings: Any) -> Generator[Piece, None, None]:
         """Answers one conversation, piece by piece; the last piece holds the whole answer.
@@ -349,6 +356,7 @@ def _tick(bar: tqdm, piece: Piece) -> None:
 __all__ = [
     "Answer",
     "EveEngine",
+    "LogLikelihood",
     "Piece",
     "Sampling",
     "TokenLogprob",
