@@ -127,9 +127,14 @@ def files_below(folder):
 # Who may import which: a folder or file, and the beginnings of what it must not import.
 FORBIDDEN = {
     # Data knows no model, no training and no device.
-    "data": ("modeling", "alignment", "patch_embedding", "loading", "train", "serve", "quickstart"),
+    "data": (
+        *("modeling", "alignment", "patch_embedding", "loading", "train", "serve", "quickstart"),
+        "eval",
+    ),
     # Serving needs no training.
-    "serve": ("train", "quickstart", "report", "data", "alignment"),
+    "serve": ("train", "quickstart", "report", "data", "alignment", "eval"),
+    # A score is the same whoever asks for it.
+    "eval": ("train", "quickstart", "cli"),
     # Training knows no command, report or demo.
     "train": ("quickstart", "report", "cli", "serve"),
 }
@@ -139,6 +144,8 @@ FORBIDDEN = {
 ALLOWED = {
     # The callback that lets the model answer while it trains asks as everybody does.
     "train/sample_answers.py": {"serve.engine"},
+    # So does the one that scores it.
+    "train/evaluating.py": {"serve.engine"},
 }
 
 

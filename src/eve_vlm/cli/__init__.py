@@ -16,6 +16,7 @@ from .checking_data import check
 from .comparing import parity
 from .comparing_runs import compare_run
 from .data import data_app
+from .evaluating import eval_app
 from .exporting import export, merge
 from .fetching import assets_app
 from .health import doctor
@@ -63,6 +64,7 @@ for command in COMMANDS:
     app.command()(command)
 data_app.command()(check)
 app.add_typer(data_app, name="data")
+app.add_typer(eval_app, name="eval")
 app.add_typer(assets_app, name="assets")
 
 

@@ -39,6 +39,7 @@ class Answerer(Protocol):
         continuations: Sequence[str],
         *,
         batch_size: int | None = None,
+        **settings: Any,
     ) -> list[LogLikelihood]:
         """How likely each text is as the answer to its conversation."""
 
@@ -62,10 +63,11 @@ class Blind:
         continuations: Sequence[str],
         *,
         batch_size: int | None = None,
+        **settings: Any,
     ) -> list[LogLikelihood]:
         """Of continuations of the words alone."""
         words = [without_pictures(messages) for messages in conversations]
-        return self.answerer.log_likelihood(words, continuations, batch_size=batch_size)
+        return self.answerer.log_likelihood(words, continuations, batch_size=batch_size, **settings)
 
 
 Kind = Literal["model", "blind", "majority"]

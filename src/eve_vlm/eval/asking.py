@@ -33,16 +33,16 @@ def rows_of(
     """Asks some samples together.
 
     Args:
-        settings: of the answerer's `answer`.
+        settings: of both of the answerer's calls, such as `max_image_tokens`.
     """
     conversations: list[Messages | str] = [_conversation(task, sample) for sample in samples]
     askable = [n for n, one in enumerate(conversations) if not isinstance(one, str)]
     given = [(samples[n], conversations[n]) for n in askable]
     if task.ranked:
-        replies = _in_halves(lambda part: _ranked(answerer, part, batch_size), given)
+        replies = _in_halves(lambda part: _ranked(answerer, part, batch_size, settings), given)
     else:
-        settings = {"max_new_tokens": task.max_new_tokens, **settings}
-        replies = _in_halves(lambda part: _said(answerer, part, batch_size, settings), given)
+        asking = {"max_new_tokens": task.max_new_tokens, **settings}
+        replies = _in_halves(lambda part: _said(answerer, part, batch_size, asking), given)
     found: list[Reply] = [Reply("", str(one)) for one in conversations]
     for n, reply in zip(askable, replies, strict=True):
         found[n] = reply
@@ -88,12 +88,17 @@ def _said(
     return [Reply(answer.text) for answer in answers]
 
 
-def _ranked(answerer: Answerer, given: Sequence[Given], batch_size: int) -> list[Reply]:
+def _ranked(
+    answerer: Answerer, given: Sequence[Given], batch_size: int, settings: dict[str, Any]
+) -> list[Reply]:
     """The likeliest option of each, by the probability of its whole text."""
     pairs = [(one, option) for sample, one in given for option in sample.options]
     likely = iter(
         answerer.log_likelihood(
-            [one for one, _ in pairs], [option for _, option in pairs], batch_size=batch_size
+            [one for one, _ in pairs],
+            [option for _, option in pairs],
+            batch_size=batch_size,
+            **settings,
         )
     )
     replies = []

@@ -31,7 +31,8 @@ RANK_NAMES = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]
 
 MAY_CHANGE = (
     # Names, and what is shown, logged and kept on the way.
-    *("name", "output_dir", "samples", "samples.*", "training.report_to", "training.logging_*"),
+    *("name", "output_dir", "samples", "samples.*", "evaluation", "evaluation.*"),
+    *("training.report_to", "training.logging_*"),
     *("training.log_level*", "training.disable_tqdm", "training.save_*", "training.hub_*"),
     *("training.push_to_hub", "training.project", "training.trackio_*"),
     # How a step is cut for other devices; the rows of a step must stay, which `DataLog` checks.

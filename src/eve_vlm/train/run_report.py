@@ -57,6 +57,7 @@ PLOTS = (
     Plot("speed", "Tokens per second", keys=("tokens_per_second",)),
     Plot("shares", "Shares", keys=("utilisation", "data_wait", "mfu"), share=True),
     Plot("memory", "Memory", keys=("memory_gib",), unit="GiB"),
+    Plot("eval", "Scores of tasks", prefix="eval_"),
     Plot(
         "skipped", "Skipped steps and records left out", keys=("skipped_steps", "left_out_records")
     ),

@@ -207,6 +207,20 @@ class SamplesSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSection:
+    """Scores of tasks while the model learns."""
+
+    tasks: list[str]
+    """Tasks, or sets of them such as `offline`; `eve eval tasks` lists both."""
+    every: int
+    """Steps between two evaluations; there is one at the last step too."""
+    limit: int | None = 100
+    """Samples of each task, always the same ones; null takes all."""
+    batch_size: int = 16
+    """Questions that are answered together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """One training stage."""
 
@@ -232,12 +246,15 @@ class Recipe:
     """What is watched in every step."""
     samples: SamplesSection | None = None
     """Answers shown while it learns; null asks nothing."""
+    evaluation: EvaluationSection | None = None
+    """Tasks scored while it learns; null scores nothing."""
 
 
 __all__ = [
     "AlignmentSection",
     "DataSection",
     "DevicesSection",
+    "EvaluationSection",
     "GuardsSection",
     "ImageSection",
     "LoraSection",

@@ -7,6 +7,7 @@ answers and log lines have to be written before the report that shows them.
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerControl
@@ -19,6 +20,7 @@ from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.peaks import peak_of
 from eve_vlm.processing_eve import EveProcessor
 from eve_vlm.train.build import build_records
+from eve_vlm.train.evaluating import Evaluation
 from eve_vlm.train.meter import Meter
 from eve_vlm.train.progress import StageProgress
 from eve_vlm.train.run_log import RunLog
@@ -51,8 +53,9 @@ def watch(
         write_versions(folder, world_size=arguments.world_size, device=arguments.device)
     trainer.add_callback(StageProgress(recipe.name))
     trainer.add_callback(RunLog(folder))
+    strategy = recipe.devices.strategy
+    sharded = strategy != "ddp" or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     if recipe.samples is not None:
-        sharded = recipe.devices.strategy != "ddp" or trainer.is_deepspeed_enabled
         answers = SampleAnswers(
             recipe.samples,
             sample_records(recipe, records),
@@ -60,15 +63,23 @@ def watch(
             folder,
             format=recipe.data.format,
             seed=recipe.seed,
-            sharded=sharded or trainer.is_fsdp_enabled,
+            sharded=sharded,
         )
-        # Callbacks alone, trackers among them: answers are in a file of their own already.  With a
-        # control of its own, or the step's figures would count as logged.
-        answers.show = lambda logs: trainer.callback_handler.on_log(
-            trainer.args, trainer.state, TrainerControl(), logs
-        )
+        answers.show = lambda logs: _tell(trainer, logs)
         trainer.add_callback(answers)
+    if recipe.evaluation is not None:
+        evaluation = Evaluation(recipe.evaluation, processor, folder, sharded=sharded)
+        evaluation.show = lambda logs: _tell(trainer, logs)
+        trainer.add_callback(evaluation)
     trainer.add_callback(RunReport(folder, trainer.data_log))
+
+
+def _tell(trainer: EveTrainer, logs: dict[str, Any]) -> None:
+    """Tells callbacks alone, trackers among them: what it came from is in a file of its own.
+
+    With a control of its own, or the step's figures would count as logged.
+    """
+    trainer.callback_handler.on_log(trainer.args, trainer.state, TrainerControl(), logs)
 
 
 def sample_records(recipe: Recipe, records: Mixture | StreamMixture) -> Records:
