@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from eve_vlm.eval.task import COUNT, Row, Sums, ratio
+from .task import COUNT, Row, Sums, ratio
 
 # --- yes or no ------------------------------------------------------------------------------------
 

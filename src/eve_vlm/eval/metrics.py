@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from eve_vlm.eval.choices import (
+from .choices import (
     MME_COGNITION,
     MME_PERCEPTION,
     YesNo,
