@@ -140,10 +140,28 @@ def encode(
             model's chat template refuses a message or leaves it out.
     """
     images = pictures_of(messages) if pictures is None else list(pictures)
+    text = rendered(messages, processor.tokenizer, processor.chat_template)
+    inputs = processor(
+        text=[text],
+        images=images or None,
+        add_special_tokens=False,  # the chat template writes them
+        return_tensors="pt",
+        **(pictures_within(processor.image_processor, max_image_tokens) if images else {}),
+    )
+    ids, grids = inputs["input_ids"][0], inputs.get("image_grid_thw")
+    return Prompt(ids, inputs.get("pixel_values"), grids, _spans(ids, grids, processor))
+
+
+def rendered(messages: Messages, tokenizer: Any, chat_template: str | None) -> str:
+    """A conversation as text that waits for the assistant's next words, with nothing left out.
+
+    Raises:
+        ValueError: if the chat template refuses a message or leaves it out, or a text is none.
+    """
     try:
-        text = processor.tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages,
-            chat_template=processor.chat_template,
+            chat_template=chat_template,
             tokenize=False,
             add_generation_prompt=True,
         )
@@ -158,15 +176,7 @@ def encode(
             "are not UTF-8 become); mend its text."
         )
     _check_nothing_left_out(messages, text)
-    inputs = processor(
-        text=[text],
-        images=images or None,
-        add_special_tokens=False,  # the chat template writes them
-        return_tensors="pt",
-        **(pictures_within(processor.image_processor, max_image_tokens) if images else {}),
-    )
-    ids, grids = inputs["input_ids"][0], inputs.get("image_grid_thw")
-    return Prompt(ids, inputs.get("pixel_values"), grids, _spans(ids, grids, processor))
+    return text
 
 
 def _check_nothing_left_out(messages: Messages, text: str) -> None:
@@ -232,5 +242,6 @@ __all__ = [
     "pictures_of",
     "pictures_within",
     "processor_within",
+    "rendered",
     "user_message",
 ]
