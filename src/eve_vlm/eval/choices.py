@@ -28,7 +28,8 @@ def yes_no(answer: str, *, rule: YesNoRule = "pope") -> YesNo:
     even "NO".  One difference: an answer without a word is `other`, where the programme has yes.
 
     `mme` (the benchmark's `calculation.py`): in small letters, a "yes" within the first four
-    letters, else a "no" within them, else `other`.
+    letters, else a "no" within them, else `other`.  lmms-eval also takes "y" and "n" alone, and
+    leaves out full stops first.
     """
     answer = answer.strip()
     if rule == "mme":
@@ -139,7 +140,7 @@ def option_letter(
 
     `lenient`, ours: a letter alone or with marks ("b", "(B)", "B: a cat"), "the answer is B", the
     option's text, the only option that occurs in the answer, or the only letter that does (not the
-    words "A" and "I").
+    words "A" and "I"). Of several the one that is stated counts, at the start before the end.
     `scienceqa` (LLaVA's and EVE's `eval_science_qa.py`): the letter, "B. " and more, or "The answer
     is B" once and followed by anything.  lmms-eval takes small letters and "B." too, no sentence.
     `seed` (LLaVA's `convert_seed_for_submission.py`): the letter and nothing else.  lmms-eval takes
@@ -149,15 +150,18 @@ def option_letter(
     nothing is found (a quarter of those would be right); here it is None.
     """
     answer, letters = answer.strip(), string.ascii_uppercase[: len(options)]
+    if not options:
+        return None
     if rule == "seed":
-        return answer if answer and answer in list(letters) else None
+        return answer if answer in list(letters) else None
     if rule == "scienceqa":
         found = _scienceqa_letter(answer)
         return found if found in list(letters) else None
     if rule == "mmmu":
         return _mmmu_letter(answer, dict(zip(letters, options, strict=True)))
     stated = _stated_letter(answer, letters) or _option_of_text(answer, options)
-    lone = {word for word in re.findall(r"\b[A-Z]\b", answer) if word in letters} - {"A", "I"}
+    # "A cat" and "I think" are words, "It is A" is a letter.
+    lone = set(re.findall(rf"\b(?![AI][ '][a-z])[{letters}]\b", answer, re.ASCII))
     return stated or (lone.pop() if len(lone) == 1 else None)
 
 
@@ -193,7 +197,7 @@ def _stated_letter(answer: str, letters: str) -> str | None:
         rf".*\b(?i:answer|option|choice)(?: is)?:? \(?([{letters}])\b(?!(?<=A) \w)",
     )
     for form in forms:
-        match = re.match(form, answer, re.DOTALL)
+        match = re.match(form, answer, re.DOTALL | re.ASCII)  # also after Chinese words
         if match:
             return next(letter for letter in match.groups() if letter).upper()
     return None

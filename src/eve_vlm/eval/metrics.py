@@ -93,7 +93,8 @@ def vqa_accuracy(answer: str, references: Sequence[str], *, rule: VqaRule = "vqa
 
     Both sides are always normalised, as the published rule says and lmms-eval does.  The current
     `vqaEval.py` leaves both as they are where all people agree word for word, so that "Yes" would
-    be wrong where all said "yes"; uploads are in small letters for that reason.
+    be wrong where all said "yes"; uploads are in small letters for that reason.  In the `vqa` rule
+    one comma between digits counts, as in `vqaEval.py`; lmms-eval takes "1,,000" for 1000 too.
     """
     if not references:
         return 0.0
@@ -176,8 +177,10 @@ def relaxed_accuracy(
     answer, reference = answer.strip(), reference.strip()
     read = _plain_number if rule == "chartqa" else _only_number
     given, wanted = read(answer), read(reference)
-    if given is not None and wanted is not None and (wanted or rule == "lenient"):
-        return float(abs(given - wanted) <= tolerance * abs(wanted))
+    if given is not None and wanted:
+        return float(abs(given - wanted) / abs(wanted) <= tolerance)
+    if given is not None and wanted == 0 and rule == "lenient":
+        return float(given == 0)
     if rule == "chartqa":
         return float(answer.lower() == reference.lower())
     return exact_match(answer, [reference])
