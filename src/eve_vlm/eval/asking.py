@@ -6,12 +6,16 @@ and that one becomes a row with its reason.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 from eve_vlm.serve.engine import Messages, user_message
 
 from .answerers import Answerer
 from .task import Row, Sample, Task
+
+VERDICTS = 8  # that are asked of a judge at once
 
 
 class Reply(NamedTuple):
@@ -46,7 +50,11 @@ def rows_of(
     found: list[Reply] = [Reply("", str(one)) for one in conversations]
     for n, reply in zip(askable, replies, strict=True):
         found[n] = reply
-    return [row_of(task, sample, reply) for sample, reply in zip(samples, found, strict=True)]
+    if not task.needs_judge:
+        return [row_of(task, sample, reply) for sample, reply in zip(samples, found, strict=True)]
+    # A judge answers over the network: while one verdict is waited for, others can be asked for.
+    with ThreadPoolExecutor(VERDICTS) as threads:
+        return list(threads.map(partial(row_of, task), samples, found))
 
 
 def row_of(task: Task, sample: Sample, reply: Reply) -> Row:

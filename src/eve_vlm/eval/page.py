@@ -63,7 +63,9 @@ def _plot(results: list[dict[str, Any]], tasks: list[str]) -> str:
             low, high = score["low"], score["high"]
             spread = None if low is None else [[score["value"] - low], [high - score["value"]]]
             axes.barh(level, score["value"], xerr=spread, color=COLOURS[model["kind"]], height=0.7)
-        published = next((entry["published"] for _, entry in entries if entry), {})
+        published: dict[str, float] = next(
+            (entry["published"] for _, entry in entries if entry), {}
+        )
         for name, score in published.items():
             if name.startswith("EVE"):
                 axes.axvline(score, color="#c0392b", linewidth=1, linestyle=":")

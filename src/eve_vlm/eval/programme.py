@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+from eve_vlm.serve.engine import EveEngine
 
-from .answerers import MAJORITY, Answerer, Subject
+from .answerers import MAJORITY, Subject
 from .answerers import blind as blinded
-from .benchmarks.published import published_scores
-from .other_models import model_facts
+from .benchmarks.published import published_note, published_scores
+from .other_models import TransformersEngine, model_facts
 from .page import write_page
 from .registry import TaskOptions, build_task, task_names
-from .runner import RunSettings, evaluate
+from .runner import RunSettings, evaluate, processes
 from .tables import all_results
 from .task import MissingDataError, Task
 
@@ -29,7 +29,7 @@ def run_evaluation(
     tasks: Iterable[str],
     output: Path,
     *,
-    open_model: Callable[[str], Answerer],
+    open_model: Callable[[str], EveEngine | TransformersEngine],
     options: TaskOptions | None = None,
     settings: RunSettings | None = None,
     blind: bool = False,
@@ -61,7 +61,15 @@ def run_evaluation(
 
     def score(subject: Subject) -> None:
         place = output / subject.slug
-        evaluate(subject, left, place, settings, published=published_scores, skipped=skipped)
+        evaluate(
+            subject,
+            left,
+            place,
+            settings,
+            published=published_scores,
+            published_note=published_note,
+            skipped=skipped,
+        )
 
     for name, model in models.items():
         engine = open_model(model)
@@ -71,7 +79,7 @@ def run_evaluation(
             score(blinded(subject))
     if majority:
         score(MAJORITY)
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return []
     write_page(output)
     return all_results(output)

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
@@ -52,6 +53,7 @@ def evaluate(
     settings: RunSettings | None = None,
     *,
     published: Callable[[str], dict[str, float]] = lambda name: {},
+    published_note: Callable[[str], str] = lambda name: "",
     skipped: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Answers every task, or what is left of it, and writes results after each.
@@ -59,6 +61,7 @@ def evaluate(
     Args:
         folder: of this model; `Subject.slug` below the folder of the run, usually.
         published: scores of others by task name, to stand beside ours.
+        published_note: what a reader of those must know, by task name.
         skipped: tasks that cannot be run, and why; they are named in the result.
 
     Returns:
@@ -68,7 +71,7 @@ def evaluate(
         ValueError: if the folder holds results of another model or way of asking.
         MissingDataError: if the data of a task is not there.
     """
-    settings, state = settings or RunSettings(), PartialState()
+    settings, state = settings or RunSettings(), processes()
     data = _begin(folder, subject, tasks, settings, first=state.is_main_process)
     data["skipped"] = {**data.get("skipped", {}), **(skipped or {})}
     state.wait_for_everyone()
@@ -83,6 +86,8 @@ def evaluate(
             data["tasks"][task.name] |= summary(task, rows, resamples=settings.resamples) | {
                 "seconds": round(seconds, 3),
                 "published": published(task.name),
+                "published_note": published_note(task.name),
+                "upload_note": task.upload_note,
                 "examples": _examples(task, samples, rows, folder),
                 "uploads": _write_uploads(task, rows, folder),
             }
@@ -141,6 +146,11 @@ def chosen(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
     return [every[number] for number in sorted(taken)]
 
 
+def processes() -> PartialState:
+    """This process among the others; on a machine without GPUs accelerate must be told to look."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 # --- inside ---------------------------------------------------------------------------------------
 
 
@@ -167,7 +177,7 @@ def _begin(
         entry = data["tasks"].setdefault(task.name, {})
         _check_same(folder, f"{task.name}'s", entry.get("identity", identity), identity)
         entry |= {"identity": identity, "title": task.title, "metric": task.metric}
-    data["versions"] = versions(world_size=PartialState().num_processes)
+    data["versions"] = versions(world_size=processes().num_processes)
     data["decoding"] = {"temperature": 0, "num_beams": 1, "batch_size": settings.batch_size}
     if first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -277,4 +287,4 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-__all__ = ["RunSettings", "chosen", "evaluate", "summary"]
+__all__ = ["RunSettings", "chosen", "evaluate", "processes", "summary"]

@@ -77,9 +77,15 @@ def notes(results: Results) -> list[str]:
                 said.append(f"{name}: {empty} of {count} answers to {task} are empty.")
             if entry["scores"] is None:
                 files = ", ".join(entry["uploads"]) or "no file"
-                said.append(f"{name}: {task} is scored by its server; give it {files}.")
+                note = f" {entry['upload_note']}" if entry["upload_note"] else ""
+                said.append(f"{name}: {task} is scored by its server; give it {files}.{note}")
         said += [f"{name}: {task} was left out: {why}" for task, why in one["skipped"].items()]
-    return said
+    published = dict.fromkeys(
+        f"{task}, published scores: {entry['published_note']}"
+        for task, entry in _finished(results)
+        if entry["published"] and entry["published_note"]
+    )
+    return [*said, *published]
 
 
 def in_columns(table: Sequence[Sequence[str]]) -> str:

@@ -76,11 +76,13 @@ class Task(ABC):
     """What is asked, in a few words."""
     metric: ClassVar[str] = "accuracy"
     """The score that stands for the task."""
-    max_new_tokens: ClassVar[int] = 16
+    max_new_tokens: int = 16
     ranked: ClassVar[bool] = False
     """Whether the answer is the option that the model finds likeliest, instead of what it says."""
     needs_judge: ClassVar[bool] = False
-    """Whether a language model marks the answers."""
+    """Whether a language model marks the answers; `mark` is then called from several threads."""
+    upload_note: ClassVar[str] = ""
+    """What to do with the upload files, where that is not plain."""
 
     @abstractmethod
     def samples(self) -> Sequence[Sample]:

@@ -36,8 +36,6 @@ class Benchmark(Task):
     """Columns with words that are read."""
     pictures: ClassVar[tuple[str, ...]] = ("image",)
     """Columns with pictures, in the order in which they are shown."""
-    upload_note: ClassVar[str] = ""
-    """What to do with the upload files, where that is not plain."""
 
     def __init__(
         self,
@@ -50,7 +48,7 @@ class Benchmark(Task):
         self.preset, self.root, self.judge = preset, root, judge
         self.split = split or preset.split
         # The preset says it, so it differs between objects of one class.
-        self.max_new_tokens = preset.max_new_tokens  # type: ignore[misc]
+        self.max_new_tokens = preset.max_new_tokens
 
     def settings(self) -> dict[str, Any]:
         """The preset with its digest, the split, and the judge if there is one."""
