@@ -25,7 +25,7 @@ from transformers import (
 
 import tiny
 from eve_vlm.data.teacher_view import TeacherView
-from eve_vlm.train.efficientnet_lite import load_efficientnet_lite0
+from eve_vlm.efficientnet_lite import load_efficientnet_lite0
 from eve_vlm.train.teacher import EFFICIENTNET, FrozenTeacher
 from oracle import preprocess
 

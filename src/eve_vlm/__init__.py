@@ -16,6 +16,8 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from .alignment_eve import EveForPreTraining, EvePatchAligner
 from .configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
+from .efficientnet_lite import EfficientNetLite0, EfficientNetLite0Config
+from .encoder_twin_eve import EveEncoder, EveEncoderConfig
 from .image_processing_eve import EveImageProcessor, eve_grid, num_image_tokens
 from .loading import load
 from .modeling_eve import EveForConditionalGeneration, EveModel
@@ -29,6 +31,11 @@ def register() -> None:
     """Registers the classes with the library's Auto classes; may be called again."""
     AutoConfig.register("eve", EveConfig, exist_ok=True)
     AutoModel.register(EveConfig, EveModel, exist_ok=True)
+    # The parts of an encoder-based twin, which is an EVE model in everything else.
+    AutoConfig.register("eve_encoder", EveEncoderConfig, exist_ok=True)
+    AutoModel.register(EveEncoderConfig, EveEncoder, exist_ok=True)
+    AutoConfig.register("efficientnet_lite0", EfficientNetLite0Config, exist_ok=True)
+    AutoModel.register(EfficientNetLite0Config, EfficientNetLite0, exist_ok=True)
     AutoModelForImageTextToText.register(EveConfig, EveForConditionalGeneration, exist_ok=True)
     AutoModelForPreTraining.register(EveConfig, EveForPreTraining, exist_ok=True)
     AutoProcessor.register(EveConfig, EveProcessor, exist_ok=True)
@@ -47,6 +54,8 @@ register()
 __all__ = [
     "EveAlignmentConfig",
     "EveConfig",
+    "EveEncoder",
+    "EveEncoderConfig",
     "EveForConditionalGeneration",
     "EveForPreTraining",
     "EveImageProcessor",

@@ -116,7 +116,7 @@ class EveConfig(PreTrainedConfig):
         if self.vision_config is None:
             self.vision_config = EveVisionConfig()
         elif isinstance(self.vision_config, dict):
-            self.vision_config = EveVisionConfig(**self.vision_config)
+            self.vision_config = _vision_config(self.vision_config)
         if isinstance(self.alignment_config, dict):
             self.alignment_config = EveAlignmentConfig(**self.alignment_config)
         # The library ties weights by the outer flag; the decoder's own flag decides (SmolLM2 is
@@ -165,6 +165,20 @@ def _text_config(given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
             )
         return CONFIG_MAPPING[model_type](**given)
     return given
+
+
+def _vision_config(given: dict) -> PreTrainedConfig:
+    """Ours, or that of a model with another vision part (`encoder_twin_eve.py`)."""
+    given = dict(given)
+    model_type = given.pop("model_type", EveVisionConfig.model_type)
+    if model_type == EveVisionConfig.model_type:
+        return EveVisionConfig(**given)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"vision_config.model_type is {model_type!r}, which is not known here; it is "
+            f"{EveVisionConfig.model_type!r} for EVE, and other parts need eve_vlm imported."
+        )
+    return CONFIG_MAPPING[model_type](**given)
 
 
 # What some decoders (Gemma 2, Granite, Cohere) do to logits behind the head; values of no effect.

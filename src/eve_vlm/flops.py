@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eve_vlm.alignment_eve import EveForPreTraining
 from eve_vlm.configuration_eve import EveConfig
+from eve_vlm.encoder_twin_eve import EveEncoderConfig
 from eve_vlm.image_processing_eve import num_image_tokens
 from eve_vlm.layer_taps_eve import LayerTaps
 from eve_vlm.modeling_eve import EveForConditionalGeneration
@@ -171,9 +172,15 @@ def terms_of(model: EveForConditionalGeneration, *, checkpointing: bool = False)
         checkpointing: activation checkpointing of the decoder's layers.
 
     Raises:
-        ValueError: if the decoder has layers of a kind that is not counted here.
+        ValueError: if the decoder has layers of a kind that is not counted here, or the model is an
+            encoder-based twin.
     """
     config, decoder = model.config, model.model.language_model
+    if isinstance(config.vision_config, EveEncoderConfig):
+        raise ValueError(
+            f"The operations of an encoder ({config.vision_config.encoder_name}) are not counted; "
+            "take a model without one."
+        )
     width = config.text_config.hidden_size
     seeing = _learns(model.model.vision_tower)
     terms = _patch_embedding(config, seeing)

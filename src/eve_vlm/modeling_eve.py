@@ -28,7 +28,6 @@ from .configuration_eve import EveConfig
 from .language_loss_eve import language_loss
 from .layer_taps_eve import LayerTaps
 from .patch_embedding_eve import (
-    EvePatchEmbedding,
     EvePreTrainedModel,
     EveProjector,
     sample_of_picture,
@@ -80,7 +79,7 @@ class EveModel(EvePreTrainedModel):
 
     def __init__(self, config: EveConfig):
         super().__init__(config)
-        self.vision_tower = EvePatchEmbedding._from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = EveProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -174,7 +173,7 @@ class EveModel(EvePreTrainedModel):
         collectives of DDP and ZeRO-3 wait for ever (QwenLM/Qwen3-VL#126).  One blank cell is the
         cheapest picture.
         """
-        vision, device = self.config.vision_config, self.vision_tower.class_embedding.device
+        vision, device = self.config.vision_config, self.vision_tower.row_end_embedding.device
         pixels = torch.zeros(
             vision.merge_size**2, vision.num_channels * vision.patch_size**2, device=device
         )

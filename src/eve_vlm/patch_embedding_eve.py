@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_eve import EveConfig, EveVisionConfig
@@ -319,7 +319,7 @@ class EvePatchEmbedding(EvePreTrainedModel):
             ValueError: if the patches do not have the model's size, or are not as many as the grids
                 say.
         """
-        self._check(pixel_values, image_grid_thw)
+        check_packed(self.config, pixel_values, image_grid_thw)
         grid = PackedGrid.from_grid_thw(image_grid_thw, self.config.merge_size)
         with torch.autocast(pixel_values.device.type, enabled=False):
             # Stride equals kernel, so the convolution is one matrix product over the packed patches
@@ -335,22 +335,28 @@ class EvePatchEmbedding(EvePreTrainedModel):
             tokens = tokens.index_copy(0, grid.cell_position, cells)
             return tokens.index_copy(0, grid.class_position, class_tokens)
 
-    def _check(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> None:
-        per_patch = self.config.num_channels * self.config.patch_size**2
-        if pixel_values.ndim != 2 or pixel_values.shape[1] != per_patch:
-            raise ValueError(
-                f"pixel_values has the shape {tuple(pixel_values.shape)} but this model takes "
-                f"(patches, {per_patch}) "
-                f"for patches of {self.config.patch_size} pixels; make it with the model's own "
-                "image processor."
-            )
-        expected = int(image_grid_thw.prod(-1).sum())
-        if pixel_values.shape[0] != expected:
-            raise ValueError(
-                f"pixel_values holds {pixel_values.shape[0]} patches but image_grid_thw speaks of "
-                f"{expected}; "
-                "pass both as they came from one call of the image processor."
-            )
+
+def check_packed(
+    config: PreTrainedConfig, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor
+) -> None:
+    """Compares packed patches with their grids and with the model's patches.
+
+    Raises:
+        ValueError: if they do not belong together.
+    """
+    per_patch = config.num_channels * config.patch_size**2
+    if pixel_values.ndim != 2 or pixel_values.shape[1] != per_patch:
+        raise ValueError(
+            f"pixel_values has the shape {tuple(pixel_values.shape)} but this model takes "
+            f"(patches, {per_patch}) for patches of {config.patch_size} pixels; make it with the "
+            "model's own image processor."
+        )
+    expected = int(image_grid_thw.prod(-1).sum())
+    if pixel_values.shape[0] != expected:
+        raise ValueError(
+            f"pixel_values holds {pixel_values.shape[0]} patches but image_grid_thw speaks of "
+            f"{expected}; pass both as they came from one call of the image processor."
+        )
 
 
 class EveProjector(nn.Module):
@@ -375,5 +381,8 @@ class EveProjector(nn.Module):
                 tokens = linear(F.gelu(tokens))
             return tokens
 
+
+# `EveModel` makes its vision part from the configuration's class, as it makes its decoder.
+AutoModel.register(EveVisionConfig, EvePatchEmbedding, exist_ok=True)
 
 __all__ = ["EvePatchEmbedding", "EvePreTrainedModel", "EveProjector", "PackedGrid"]

@@ -174,11 +174,14 @@ def _teacher(
 ) -> Any:
     """The frozen teacher on `meta`, and the aligner's sizes put into `config`; None for none."""
     from eve_vlm.configuration_eve import EveAlignmentConfig
+    from eve_vlm.encoder_twin_eve import EveEncoderConfig
 
     alignment = recipe.stage.alignment if recipe else None
     name = asked.teacher or (alignment.teacher if alignment else "none")
     if name == "none":
         return None
+    if isinstance(config.vision_config, EveEncoderConfig):
+        raise ValueError("An encoder-based twin has no aligner; leave --teacher out.")
     cells = pictures.size["longest_edge"] // pictures.size_multiple
     teacher = _teacher_on_meta(name, cells=cells, layer=alignment.layer if alignment else -2)
     vision = config.vision_config
@@ -197,21 +200,15 @@ def _teacher_on_meta(name: str, *, cells: int, layer: int) -> Any:
     from transformers import AutoConfig, AutoModel, CLIPVisionConfig
 
     from eve_vlm.data.teacher_view import TeacherView
+    from eve_vlm.efficientnet_lite import lite0_config
     from eve_vlm.errors import first_line
-    from eve_vlm.train.efficientnet_lite import load_efficientnet_lite0
-    from eve_vlm.train.teacher import EFFICIENTNET, FrozenTeacher
+    from eve_vlm.train.teacher import FrozenTeacher
+    from eve_vlm.vision_encoder import EFFICIENTNET, patch_features
 
-    look: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # values cost nothing
     if name == EFFICIENTNET:
-        net = load_efficientnet_lite0(layer).to("meta")
-        view = TeacherView(cells=cells, cell_pixels=net.stride, fill=(0, 0, 0))
-
-        def extract(model: Any, pixels: Any) -> Any:
-            return model(pixels).flatten(2).transpose(1, 2)
-
-        return FrozenTeacher(net, extract, view=view, hidden_size=net.hidden_size, **look)
-    if name == CLIP_LARGE_NAME:
-        config: Any = CLIPVisionConfig(**CLIP_LARGE)
+        config: Any = lite0_config(layer)
+    elif name == CLIP_LARGE_NAME:
+        config = CLIPVisionConfig(**CLIP_LARGE)
     else:
         try:
             config = AutoConfig.from_pretrained(name)
@@ -223,14 +220,14 @@ def _teacher_on_meta(name: str, *, cells: int, layer: int) -> Any:
         config = config.vision_config if "vision_config" in config.sub_configs else config
     with torch.device("meta"):
         model = AutoModel.from_config(config)
-    view = TeacherView(cells=cells, cell_pixels=config.patch_size, fill=(0, 0, 0))
-    resized = {} if view.size == config.image_size else {"interpolate_pos_encoding": True}
-
-    def states(model: Any, pixels: Any) -> Any:
-        found = model(pixels, output_hidden_states=True, **resized).hidden_states[layer]
-        return found[:, found.shape[1] - cells * cells :]
-
-    return FrozenTeacher(model, states, view=view, hidden_size=config.hidden_size, **look)
+    return FrozenTeacher(
+        model,
+        lambda model, pixels: patch_features(model, pixels, layer),
+        view=TeacherView(cells=cells, cell_pixels=config.patch_size, fill=(0, 0, 0)),
+        hidden_size=config.hidden_size,
+        mean=(0.5,) * 3,  # values cost nothing
+        std=(0.5,) * 3,
+    )
 
 
 # --- workloads ------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 
 from eve_vlm.configuration_eve import EveConfig
+from eve_vlm.encoder_twin_eve import EveEncoderConfig
 from eve_vlm.export.decoder import require_converter, require_gguf, write_decoder, write_gguf
 from eve_vlm.export.merge_lora import merge_lora
 from eve_vlm.image_processing_eve import EveImageProcessor
-from eve_vlm.loading import find_model, load_model, load_processor
+from eve_vlm.loading import find_model, load_config, load_model, load_processor
 from eve_vlm.lora_folder import check_base, require_adapter
 from eve_vlm.modeling_eve import EveForConditionalGeneration, EveModel
 from eve_vlm.output_folder import new_folder, require_new
@@ -86,6 +87,11 @@ def export(
         if not any_base:
             check_base(lora, name_or_folder)
     folder = find_model(name_or_folder)
+    if format != "decoder" and isinstance(load_config(folder).vision_config, EveEncoderConfig):
+        raise ValueError(
+            f"{name_or_folder} is an encoder-based twin, whose encoder the format {format} does "
+            "not hold; its folder loads wherever eve-vlm is installed, or take the format decoder."
+        )
     processor = load_processor(folder)
     model = load_model(folder)
     notes = []

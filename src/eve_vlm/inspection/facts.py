@@ -24,18 +24,20 @@ from eve_vlm.modeling_eve import EveForConditionalGeneration
 # (width, height): CLIP's square, photographs and screens both ways, a page of A4 at 150 dpi.
 COMMON_SIZES = ((336, 336), (640, 480), (1280, 720), (720, 1280), (1920, 1080), (1240, 1754))
 
+ENCODER = "frozen encoder"
 # Beginnings of weight names, the longest that fits decides; what is left belongs to the decoder.
 PARTS = {
     "model.vision_tower.patch_projection.": "patch projection",
     "model.vision_tower.merge_attention.": "merge attention",
     "model.vision_tower.class_attention.": "class attention",
     "model.vision_tower.": "class and row-end embeddings",
+    "model.vision_tower.encoder.": ENCODER,
     "model.multi_modal_projector.": "projector",
     "lm_head.": "language head",
     "aligner.": "aligner",
 }
-PATCH_EMBEDDING = tuple(PARTS.values())[:5]
-"""The parts that make up the patch embedding layer, projector included."""
+PATCH_EMBEDDING = tuple(PARTS.values())[:6]
+"""The parts that make up the patch embedding layer or a twin's encoder, projector included."""
 
 # The decoder's settings that decide its shape, as most decoders of the library call them.
 DECODER_SHAPE = (

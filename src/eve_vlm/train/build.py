@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from eve_vlm.alignment_eve import EveForPreTraining
 from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
@@ -19,6 +20,7 @@ from eve_vlm.data.tokenizer import train_tokenizer
 from eve_vlm.decoders.joining import pad_with_something, put_decoder, settle_generation
 from eve_vlm.decoders.loading import load_decoder, load_decoder_tokenizer, read_decoder_config
 from eve_vlm.decoders.text import add_placeholder, chat_template_of
+from eve_vlm.encoder_twin_eve import EveEncoderConfig, encoder_config, put_encoder
 from eve_vlm.image_processing_eve import EveImageProcessor
 from eve_vlm.layer_taps_eve import layers_of
 from eve_vlm.loading import load_config, load_model, load_processor, require_model_folder
@@ -73,10 +75,12 @@ def build_model(
     """The model of an earlier stage, a decoder with a new patch embedding, or a new one."""
     section = recipe.model
     dtype = getattr(torch, section.dtype)
+    encoded = False
     if section.init_from is not None:
         config = load_config(section.init_from)
         decoder_config(recipe)  # says if the recipe's text_config does not agree
         _check_vision(recipe, config)
+        encoded = isinstance(config.vision_config, EveEncoderConfig)
         config.alignment_config = _alignment_config(recipe, teacher_width)
         model = load_model(
             section.init_from,
@@ -113,6 +117,17 @@ def build_model(
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     if isinstance(model, EveForPreTraining) and recipe.stage.alignment is not None:
         model.alignment_weight = recipe.stage.alignment.weight
+    if section.encoder is not None and not encoded:
+        if recipe.lora is not None:
+            raise ValueError(
+                f"lora adapts a saved model, but {section.init_from} has no encoder yet; train a "
+                "stage with model.encoder and without lora first, and start from that."
+            )
+        pictures = processor.image_processor
+        colours = {"image_mean": tuple(pictures.image_mean), "image_std": tuple(pictures.image_std)}
+        put_encoder(
+            model, section.encoder.name, section.encoder.layer, **_packed(recipe), **colours
+        )
     model.loss_implementation = section.loss_implementation
     if section.compile_layers:
         for layer in layers_of(model.model.language_model):
@@ -123,10 +138,14 @@ def build_model(
 def new_model(
     recipe: Recipe, text_config: dict, *, image_token_id: int, teacher_width: int | None
 ) -> EveForConditionalGeneration:
-    """A model with new weights, of the training class where the stage aligns."""
+    """A model with new weights, an encoder's too; of the training class where the stage aligns."""
+    encoder = recipe.model.encoder
+    vision: PreTrainedConfig = EveVisionConfig(**asdict(recipe.model.vision))
+    if encoder is not None:
+        vision = encoder_config(encoder.name, encoder.layer, **_packed(recipe))
     config = EveConfig(
         text_config=text_config,
-        vision_config=EveVisionConfig(**asdict(recipe.model.vision)),
+        vision_config=vision,
         alignment_config=_alignment_config(recipe, teacher_width),
         image_token_id=image_token_id,
         projector_depth=_projector_depth(recipe),
@@ -182,9 +201,26 @@ def _alignment_config(recipe: Recipe, teacher_width: int | None) -> EveAlignment
     )
 
 
+def _packed(recipe: Recipe) -> dict:
+    """The part of `model.vision` that says how patches are packed, which an encoder shares."""
+    vision = recipe.model.vision
+    return {"patch_size": vision.patch_size, "merge_size": vision.merge_size}
+
+
 def _check_vision(recipe: Recipe, config: EveConfig) -> None:
-    for name, wanted in asdict(recipe.model.vision).items():
-        found = getattr(config.vision_config, name)
+    vision, encoder = config.vision_config, recipe.model.encoder
+    sizes = asdict(recipe.model.vision)
+    if isinstance(vision, EveEncoderConfig):
+        sizes = _packed(recipe)
+        if encoder is None or (encoder.name, encoder.layer) != (vision.encoder_name, vision.layer):
+            said = "null" if encoder is None else f"{encoder.name}, layer {encoder.layer}"
+            raise ValueError(
+                f"model.encoder is {said} in the recipe but {vision.encoder_name}, layer "
+                f"{vision.layer}, in {recipe.model.init_from}; "
+                "make the recipe agree with the model that it starts from."
+            )
+    for name, wanted in sizes.items():
+        found = getattr(vision, name)
         if wanted != found:
             raise ValueError(
                 f"model.vision.{name} is {wanted} in the recipe but {found} in "

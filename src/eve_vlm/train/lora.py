@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from eve_vlm.encoder_twin_eve import encoder_parameters
 from eve_vlm.lora_folder import (
     ADAPTER,
     BASE,
@@ -32,7 +33,13 @@ from eve_vlm.lora_folder import (
 )
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.processing_eve import EveProcessor
-from eve_vlm.train.parameters import matches_any, names_of, require_matches, select_trainable
+from eve_vlm.train.parameters import (
+    matches_any,
+    names_of,
+    require_frozen_encoder,
+    require_matches,
+    select_trainable,
+)
 from eve_vlm.train.sections import LoraSection, Recipe
 from eve_vlm.train.trainer import EveTrainer
 
@@ -120,9 +127,13 @@ def _trained_whole(
     inside = tuple(f"{target}." for target in targets)
     adapted = [name for name in everything if name.startswith(inside)]
     narrow = [glob for glob in globs if not matches_any(adapted, [glob])]
+    require_frozen_encoder(model, globs)
+    frozen = set(encoder_parameters(model))  # a twin's; it is saved whole, as all of PICTURES
     whole = []
     for parameter, aliases in names.items():
-        if any(alias.startswith(PICTURES) for alias in aliases):
+        if parameter in frozen:
+            learns = False
+        elif any(alias.startswith(PICTURES) for alias in aliases):
             learns = True
         elif any(alias.startswith(LANGUAGE) for alias in aliases):
             learns = matches_any(aliases, narrow)

@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from eve_vlm.encoder_twin_eve import encoder_parameters
 from eve_vlm.quantization import count_weights
 from eve_vlm.train.sections import StageSection
 
+TOWER = "model.vision_tower."
 NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -38,6 +40,7 @@ def select_trainable(model: nn.Module, stage: StageSection) -> list[str]:
     names = names_of(model)
     everything = [alias for aliases in names.values() for alias in aliases]
     require_matches(stage.trainable, everything, key="stage.trainable", kind="parameter")
+    require_frozen_encoder(model, stage.trainable)
     chosen = []
     for name, parameter in model.named_parameters():
         learns = matches_any(names[parameter], stage.trainable)
@@ -45,6 +48,30 @@ def select_trainable(model: nn.Module, stage: StageSection) -> list[str]:
         if learns:
             chosen.append(name)
     return chosen
+
+
+def require_frozen_encoder(model: nn.Module, globs: Iterable[str]) -> None:
+    """Refuses globs that would train the encoder of a twin.
+
+    Raises:
+        ValueError: with the glob, and what to name instead.
+    """
+    frozen = set(encoder_parameters(model))
+    names = names_of(model)
+    fixed = [alias for parameter in frozen for alias in names[parameter]]
+    for glob in globs:
+        if matches_any(fixed, [glob]):
+            parts = {
+                ".".join(alias.split(".")[:2]) + ".*"
+                for parameter, aliases in names.items()
+                if parameter not in frozen and not aliases[0].startswith(TOWER)
+                for alias in aliases[:1]
+            }
+            instead = ", ".join([f"{TOWER}row_end_embedding", *sorted(parts, reverse=True)])
+            raise ValueError(
+                f"stage.trainable: the glob {glob!r} would train the encoder of model.encoder, "
+                f"which stays frozen; name the other parts ({instead})"
+            )
 
 
 def optimizer_groups(model: nn.Module, stage: StageSection) -> list[dict]:

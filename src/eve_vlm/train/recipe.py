@@ -210,6 +210,9 @@ def _check_values(recipe: Recipe, origin: Origin) -> None:
     _check_sources(data.sources, origin)
     _check_packing(recipe, origin)
     _check_stage(stage, origin)
+    if model.encoder is not None and stage.alignment is not None:
+        problem = "must be null with model.encoder; the aligner belongs to EVE, without an encoder"
+        origin.fail(("stage", "alignment"), problem)
     _check_lora(recipe, origin)
 
 

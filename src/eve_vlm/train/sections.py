@@ -35,6 +35,16 @@ class ImageSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderSection:
+    """The frozen encoder of an encoder-based twin."""
+
+    name: str
+    """`efficientnet-lite0`, or a Hugging Face vision model, folder or name."""
+    layer: int = -2
+    """Hidden state that is taken; -2 is the last but one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSection:
     """What the stage starts from: `init_from` or `decoder`; a new decoder with neither."""
 
@@ -48,6 +58,8 @@ class ModelSection:
     """Folder or name of a tokenizer; null takes the one that comes with the start."""
     vision: VisionSection
     """The patch embedding layer."""
+    encoder: EncoderSection | None = None
+    """A frozen encoder in place of the patch embedding layer, for comparisons; null is EVE."""
     image: ImageSection
     """How pictures are sized; may differ from the stage before (HD)."""
     dtype: Literal["float32", "bfloat16"]
@@ -254,6 +266,7 @@ __all__ = [
     "AlignmentSection",
     "DataSection",
     "DevicesSection",
+    "EncoderSection",
     "EvaluationSection",
     "GuardsSection",
     "ImageSection",

@@ -12,14 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
-from transformers.image_processing_base import ImageProcessingMixin
 
 from eve_vlm.data.teacher_view import TeacherView
-from eve_vlm.errors import first_line
-from eve_vlm.train.efficientnet_lite import load_efficientnet_lite0
-
-EFFICIENTNET = "efficientnet-lite0"
+from eve_vlm.vision_encoder import EFFICIENTNET, load_encoder, patch_features, read_encoder
 
 
 class FrozenTeacher:
@@ -54,57 +49,19 @@ class FrozenTeacher:
             cells: alignment cells along the longer side of a picture.
             layer: which hidden state; for EfficientNet -1, -2, -3 are strides 32, 16, 8.
         """
-        return (
-            cls._efficientnet(cells, layer)
-            if name == EFFICIENTNET
-            else cls._hugging_face(name, cells, layer)
+        about = {"role": "teacher", "key": "stage.alignment"}
+        facts = read_encoder(name, layer, **about)
+        fill = (127, 127, 127)
+        if name != EFFICIENTNET:
+            fill = (int(255 * facts.mean[0]), int(255 * facts.mean[1]), int(255 * facts.mean[2]))
+        return cls(
+            load_encoder(facts, **about),
+            lambda model, pixels: patch_features(model, pixels, layer),
+            view=TeacherView(cells=cells, cell_pixels=facts.config.patch_size, fill=fill),
+            hidden_size=facts.config.hidden_size,
+            mean=facts.mean,
+            std=facts.std,
         )
-
-    @classmethod
-    def _efficientnet(cls, cells: int, layer: int) -> "FrozenTeacher":
-        model = load_efficientnet_lite0(layer)
-        view = TeacherView(cells=cells, cell_pixels=model.stride, fill=(127, 127, 127))
-
-        def extract(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-            return model(pixels).flatten(2).transpose(1, 2)  # (I, cells * cells, W)
-
-        # The weights were trained on (value - 127) / 128 (measured: daisy 0.36 against 0.13).
-        mean, std = (127 / 255,) * 3, (128 / 255,) * 3
-        return cls(model, extract, view=view, hidden_size=model.hidden_size, mean=mean, std=std)
-
-    @classmethod
-    def _hugging_face(cls, name: str, cells: int, layer: int) -> "FrozenTeacher":
-        try:
-            config = AutoConfig.from_pretrained(name)
-            vision = _vision_config(name, config)
-            model = AutoModel.from_pretrained(name, dtype=torch.float32)
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        except OSError as error:
-            raise ValueError(
-                f"The teacher {name!r} cannot be loaded ({first_line(error)}); give a "
-                "Hugging Face vision "
-                f"model's folder or name, or {EFFICIENTNET!r}, or set stage.alignment to null."
-            ) from None
-        if vision is not config:
-            model = model.vision_model
-        if not -vision.num_hidden_layers - 1 <= layer <= vision.num_hidden_layers:
-            raise ValueError(
-                f"stage.alignment.layer is {layer} but the teacher {name!r} has "
-                f"{vision.num_hidden_layers} layers; give one of them, such as -2."
-            )
-        mean, std = settings["image_mean"], settings["image_std"]
-        view = TeacherView(
-            cells=cells,
-            cell_pixels=vision.patch_size,
-            fill=(int(255 * mean[0]), int(255 * mean[1]), int(255 * mean[2])),
-        )
-        positions = {} if view.size == vision.image_size else {"interpolate_pos_encoding": True}
-
-        def extract(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-            states = model(pixels, output_hidden_states=True, **positions).hidden_states[layer]
-            return states[:, states.shape[1] - cells * cells :]  # without class or register tokens
-
-        return cls(model, extract, view=view, hidden_size=vision.hidden_size, mean=mean, std=std)
 
     @torch.no_grad()
     def features(
@@ -133,19 +90,6 @@ class FrozenTeacher:
             image_grid_thw[:, 1] // side, image_grid_thw[:, 2] // side
         )
         return features[kept.flatten(1)]
-
-
-def _vision_config(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
-    """The vision part of a teacher's configuration, checked to be one that cuts into patches."""
-    composite = {"text_config", "vision_config"} <= config.sub_configs.keys()
-    vision = config.vision_config if composite else config
-    lacking = {"patch_size", "image_size", "num_hidden_layers"} - vision.to_dict().keys()
-    if lacking:
-        raise ValueError(
-            f"The teacher {name!r} is a {config.model_type!r} model without {min(lacking)}; give a "
-            f"vision model such as CLIP, SigLIP or DINOv2, or {EFFICIENTNET!r}."
-        )
-    return vision
 
 
 __all__ = ["EFFICIENTNET", "FrozenTeacher"]
