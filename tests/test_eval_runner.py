@@ -84,7 +84,9 @@ class Answers:
             texts.append(self.say(number))
         return [SimpleNamespace(text=text) for text in texts]
 
-    def log_likelihood(self, conversations, continuations, *, batch_size=None, max_image_tokens=None):
+    def log_likelihood(
+        self, conversations, continuations, *, batch_size=None, max_image_tokens=None
+    ):
         numbers = [
             int(one[0]["content"][-1]["text"].split()[3].rstrip("?")) for one in conversations
         ]
@@ -236,6 +238,10 @@ def test_a_larger_limit_goes_on_and_a_smaller_one_is_refused(tmp_path):
 
 class Stopped(BaseException):
     """As a kill, nothing that code may catch."""
+
+
+def stop(number):
+    raise Stopped
 
 
 @pytest.mark.parametrize("asked", [0, 1, 5, 12, 19])
@@ -417,7 +423,7 @@ def test_what_cannot_be_compared_is_said(tmp_path, known):
     text = tiny.refused(lambda: compare_results(tmp_path / "a", tmp_path / "c"))
     assert "has no numbers" in text and "has no ranked" in text
     with pytest.raises(Stopped):
-        evaluate(subject(lambda n: (_ for _ in ()).throw(Stopped)), [Numbers()], tmp_path / "d")
+        evaluate(subject(stop), [Numbers()], tmp_path / "d")
     text = tiny.refused(lambda: compare_results(tmp_path / "a", tmp_path / "d"))
     assert "is not finished" in text and "same `eve eval` command" in text
 
@@ -450,7 +456,10 @@ def test_the_page_holds_scores_pictures_and_answers(tmp_path):
     assert "&lt;b&gt;seven&lt;/b&gt;" in text and "<b>seven</b>" not in text
     assert text.count("data:image/png;base64,") == 8 and "<svg" in text
     assert not re.search(r"(src|href)=.http", text)  # opens anywhere
-    write_page(tmp_path)
+    with pytest.raises(Stopped):
+        evaluate(subject(stop), [Numbers()], tmp_path / "broken")
+    text = write_page(tmp_path).read_text(encoding="utf-8")
+    assert "numbers is not finished" in text
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Answerer(Protocol):
         continuations: Sequence[str],
         *,
         batch_size: int | None = None,
-        **settings: Any,
+        max_image_tokens: int | None = None,
     ) -> list[LogLikelihood]:
         """How likely each text is as the answer to its conversation."""
 
@@ -63,11 +63,13 @@ class Blind:
         continuations: Sequence[str],
         *,
         batch_size: int | None = None,
-        **settings: Any,
+        max_image_tokens: int | None = None,
     ) -> list[LogLikelihood]:
         """Of continuations of the words alone."""
         words = [without_pictures(messages) for messages in conversations]
-        return self.answerer.log_likelihood(words, continuations, batch_size=batch_size, **settings)
+        return self.answerer.log_likelihood(
+            words, continuations, batch_size=batch_size, max_image_tokens=max_image_tokens
+        )
 
 
 Kind = Literal["model", "blind", "majority"]

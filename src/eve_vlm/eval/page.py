@@ -15,7 +15,7 @@ from eve_vlm.html_report import can_draw, figure_of, picture_uri, render
 from eve_vlm.output_folder import written_whole
 
 from .results import read_rows
-from .tables import all_results, headline, notes, score_table
+from .tables import all_results, finished_entry, headline, notes, score_table
 from .task import Row
 
 PAGE = "report.html"
@@ -55,7 +55,7 @@ def _plot(results: list[dict[str, Any]], tasks: list[str]) -> str:
     figure = figure_of((11, (0.9 + 0.3 * len(results)) * rows), extra="train")
     for place, task in enumerate(tasks, start=1):
         axes = figure.add_subplot(rows, columns, place)
-        entries = [(one["model"], one["tasks"].get(task)) for one in results]
+        entries = [(one["model"], finished_entry(one, task)) for one in results]
         shown = [(model, headline(entry)) for model, entry in entries]
         for level, (model, score) in enumerate(reversed(shown)):
             if score is None:
@@ -63,15 +63,12 @@ def _plot(results: list[dict[str, Any]], tasks: list[str]) -> str:
             low, high = score["low"], score["high"]
             spread = None if low is None else [[score["value"] - low], [high - score["value"]]]
             axes.barh(level, score["value"], xerr=spread, color=COLOURS[model["kind"]], height=0.7)
-        published: dict[str, float] = next(
-            (entry["published"] for _, entry in entries if entry), {}
-        )
-        for name, score in published.items():
+        first = next(entry for _, entry in entries if entry)
+        for name, score in first["published"].items():
             if name.startswith("EVE"):
                 axes.axvline(score, color="#c0392b", linewidth=1, linestyle=":")
         axes.set_yticks(range(len(shown)), [model["name"][:28] for model, _ in reversed(shown)])
-        metric = next((entry["metric"] for _, entry in entries if entry), "")
-        axes.set_title(f"{task}: {metric}", fontsize="medium")
+        axes.set_title(f"{task}: {first['metric']}", fontsize="medium")
         axes.set_xlim(left=0)
         axes.tick_params(labelsize="small")
     buffer = io.StringIO()
@@ -83,11 +80,7 @@ def _plot(results: list[dict[str, Any]], tasks: list[str]) -> str:
 
 def _task(output: Path, results: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """All of one task: every score and group of every model, and examples of the first."""
-    entries = [
-        (one["model"], one["tasks"][name])
-        for one in results
-        if "samples" in one["tasks"].get(name, {})
-    ]
+    entries = [(one["model"], entry) for one in results if (entry := finished_entry(one, name))]
     first = entries[0][1]
     scores = list(first["scores"] or {})
     rows = []
@@ -124,7 +117,7 @@ def _examples(output: Path, results: list[dict[str, Any]], name: str) -> list[di
     """Samples that were kept for showing, with the answers of every model."""
     answered: list[tuple[dict[str, Any], dict[str, Row]]] = []
     for one in results:
-        if "samples" in one["tasks"].get(name, {}):
+        if finished_entry(one, name):
             folder = output / one["slug"]
             answered.append((one, {row.id: row for row in read_rows(folder, name)}))
     first, rows = answered[0]

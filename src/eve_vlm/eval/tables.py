@@ -37,7 +37,7 @@ def score_table(results: Results) -> list[list[str]]:
     names = [one["model"]["name"] for one in results]
     table = [["task", "score", "samples", *names, *others]]
     for task in dict.fromkeys(task for task, _ in _finished(results)):
-        entries = [_entry(one, task) for one in results]
+        entries = [finished_entry(one, task) for one in results]
         first = next(entry for entry in entries if entry)
         published = [first["published"].get(name) for name in others]
         ours = headline(entries[0])
@@ -105,7 +105,8 @@ def _finished(results: Results) -> list[tuple[str, dict[str, Any]]]:
     return [item for one in results for item in one["tasks"].items() if "samples" in item[1]]
 
 
-def _entry(one: dict[str, Any], task: str) -> dict[str, Any] | None:
+def finished_entry(one: dict[str, Any], task: str) -> dict[str, Any] | None:
+    """What a result says of a task; None if it has not finished it."""
     entry = one["tasks"].get(task)
     return entry if entry and "samples" in entry else None
 
@@ -125,4 +126,4 @@ def _beside(published: float | None, ours: dict[str, Any] | None) -> str:
     return f"{published:g}" if ours is None else f"{published:g} ({ours['value'] - published:+.1f})"
 
 
-__all__ = ["all_results", "headline", "in_columns", "notes", "score_table"]
+__all__ = ["all_results", "finished_entry", "headline", "in_columns", "notes", "score_table"]
