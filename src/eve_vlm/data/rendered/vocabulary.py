@@ -55,7 +55,7 @@ _TRAIN = Vocabulary(
     long_words=_words(
         """
         remember hesitate together national research standard progress painting railroad mountain
-        birthday hospital calendar children original security passport daughter material language
+        birthday hospital calendar children original sentence passport daughter material language
         industry exchange building platform customer discover elephant umbrella triangle physical
         possible personal position delivery internal football religion computer computers pictures
         beautiful different important community education knowledge president character yesterday
