@@ -15,7 +15,7 @@ Legend: `B` rows, `K` longest continuation, `N` tokens of all continuations.
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -40,6 +40,21 @@ class LogLikelihood(NamedTuple):
     """How many tokens it has."""
     greedy: bool
     """Whether the engine would begin its greedy answer with exactly these tokens."""
+
+
+class Speaker(Protocol):
+    """What knows how answers are written: an engine, of an EVE model or of another."""
+
+    @property
+    def processor(self) -> Any:
+        """With `chat_template`, `image_token` and `image_token_id`."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's."""
+
+    def ends(self) -> list[int]:
+        """Every id that ends an answer."""
 
 
 class _Row(NamedTuple):
@@ -134,7 +149,7 @@ def _rows(
 
 
 def continuation_ids(
-    engine: "EveEngine", messages: Messages, text: str, *, ends: bool = False
+    engine: Speaker, messages: Messages, text: str, *, ends: bool = False
 ) -> list[int]:
     """Token ids of a text as the assistant's answer to a conversation.
 
@@ -244,4 +259,4 @@ def _of_tokens(
     return torch.cat(logprobs), torch.cat(greedy)
 
 
-__all__ = ["LogLikelihood", "continuation_ids", "log_likelihood"]
+__all__ = ["LogLikelihood", "Speaker", "continuation_ids", "log_likelihood"]
