@@ -468,6 +468,16 @@ def test_facts_tell_models_apart(llava, eve, tmp_path):
     assert model_facts(engine)["weights_sha256"] not in hashes
 
 
+@pytest.mark.parametrize(
+    ("kind_of_bits", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")]
+)
+def test_quantized_models_have_facts_of_their_own(eve, kind_of_bits, package):
+    pytest.importorskip(package, reason="needs the extra quantize")
+    facts = model_facts(open_answerer(eve, quantize=kind_of_bits))
+    assert facts == model_facts(open_answerer(eve, quantize=kind_of_bits))
+    assert facts["weights_sha256"] != model_facts(open_answerer(eve))["weights_sha256"]
+
+
 def test_the_commit_is_that_of_the_hub_cache(llava, tmp_path):
     commit = "0123456789abcdef0123456789abcdef01234567"
     folder = tmp_path / "models--a--b" / "snapshots" / commit

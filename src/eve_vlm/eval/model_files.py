@@ -151,13 +151,15 @@ def facts_of(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def weights_sha256(model: torch.nn.Module) -> str:
     """See `COVERED`."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        values = weight.detach().flatten()
+        # torchao's 8-bit type has no slices of its own.
+        plain = weight if type(weight.data) is torch.Tensor else weight.dequantize()
+        values = plain.flatten()
         some = values[:: max(len(values) // SAMPLES, 1)][:SAMPLES].cpu().contiguous()
         digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
