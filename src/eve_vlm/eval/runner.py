@@ -72,8 +72,7 @@ def evaluate(
         MissingDataError: if the data of a task is not there.
     """
     settings, state = settings or RunSettings(), processes()
-    data = _begin(folder, subject, tasks, settings, first=state.is_main_process)
-    data["skipped"] = {**data.get("skipped", {}), **(skipped or {})}
+    data = _begin(folder, subject, tasks, settings, skipped or {}, first=state.is_main_process)
     state.wait_for_everyone()
     for task in tasks:
         samples = chosen(task.samples(), settings.limit)
@@ -155,7 +154,13 @@ def processes() -> PartialState:
 
 
 def _begin(
-    folder: Path, subject: Subject, tasks: Sequence[Task], settings: RunSettings, *, first: bool
+    folder: Path,
+    subject: Subject,
+    tasks: Sequence[Task],
+    settings: RunSettings,
+    skipped: dict[str, str],
+    *,
+    first: bool,
 ) -> dict[str, Any]:
     """What is there of these results, checked to be of the same model; or a new beginning."""
     made_by = {
@@ -164,7 +169,13 @@ def _begin(
         **subject.facts,
         "max_image_tokens": settings.max_image_tokens,
     }
-    data: dict[str, Any] = {"format": FORMAT, "model": made_by, "begun": _now(), "tasks": {}}
+    data: dict[str, Any] = {
+        "format": FORMAT,
+        "model": made_by,
+        "begun": _now(),
+        "tasks": {},
+        "skipped": {},
+    }
     if (folder / RESULTS_FILE).is_file():
         data = read_results(folder)
         _check_same(folder, "the model's", data["model"], made_by)
@@ -177,6 +188,7 @@ def _begin(
         entry = data["tasks"].setdefault(task.name, {})
         _check_same(folder, f"{task.name}'s", entry.get("identity", identity), identity)
         entry |= {"identity": identity, "title": task.title, "metric": task.metric}
+    data["skipped"] |= skipped
     data["versions"] = versions(world_size=processes().num_processes)
     data["decoding"] = {"temperature": 0, "num_beams": 1, "batch_size": settings.batch_size}
     if first:
