@@ -5,6 +5,7 @@ directory as it would read the repository, so the tasks run unchanged and offlin
 reader would get wrong: a repository with several configurations needs the header of its README.
 """
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,17 +110,42 @@ TASKS = {
 }
 
 
-def make(folder: Path, task: str, items: Sequence[Item]) -> datasets.Dataset:
-    """Writes the repository of a task below the folder where the harness will run."""
+def _bytes(picture: Image.Image | list[Image.Image]) -> Any:
+    """As repositories hold them: PNG files."""
+    if isinstance(picture, list):
+        return [_bytes(one) for one in picture]
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def make(
+    folder: Path, task: str, items: Sequence[Item], *, damaged: int | None = None
+) -> list[dict[str, Any]]:
+    """Writes the repository of a task below the folder where the harness will run; its rows.
+
+    Args:
+        damaged: number of a row whose picture is none; one that is cut short is shown as far as it
+            goes, because tasks of the harness ask Pillow for that (LOAD_TRUNCATED_IMAGES).
+    """
     repository = TASKS[task]
     rows = list(repository.rows(items))
-    data = datasets.Dataset.from_list(rows)
+    stored = [{**row, "image": _bytes(row["image"])} for row in rows]
+    if damaged is not None:
+        stored[damaged]["image"] = {"bytes": b"no picture", "path": None}
+    data = datasets.Dataset.from_list(stored)
     pictures = datasets.Image() if task != "seedbench_ppl" else datasets.List(datasets.Image())
     data = data.cast_column("image", pictures)
     place = folder / repository.name
     place.mkdir(parents=True)
     data.to_parquet(place / f"{repository.split}-00000-of-00001.parquet")
     header = ["---", "configs:", f"- config_name: {repository.config or 'default'}"]
-    header += ["  data_files:", f"  - split: {repository.split}", "    path: '*.parquet'", "---", ""]
+    header += [
+        "  data_files:",
+        f"  - split: {repository.split}",
+        "    path: '*.parquet'",
+        "---",
+        "",
+    ]
     (place / "README.md").write_text("\n".join(header), encoding="utf-8")
-    return data
+    return rows
