@@ -62,7 +62,7 @@ def require_frozen_encoder(model: nn.Module, globs: Iterable[str]) -> None:
     for glob in globs:
         if matches_any(fixed, [glob]):
             parts = {
-                ".".join(alias.split(".")[:2]) + ".*"
+                ".".join(alias.split(".")[:-1][:2]) + ".*"
                 for parameter, aliases in names.items()
                 if parameter not in frozen and not aliases[0].startswith(TOWER)
                 for alias in aliases[:1]
