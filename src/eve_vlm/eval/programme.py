@@ -51,7 +51,7 @@ def run_evaluation(
     Raises:
         ValueError: for tasks, data or folders that a user can mend.
     """
-    options = options or TaskOptions()
+    options, settings = options or TaskOptions(), settings or RunSettings()
     every = [build_task(name, options) for name in task_names(tasks)]
     skipped = {task.name: NO_JUDGE for task in every if task.needs_judge and options.judge is None}
     left = [task for task in every if task.name not in skipped]
@@ -73,6 +73,11 @@ def run_evaluation(
 
     for name, model in models.items():
         engine = open_model(model)
+        if settings.max_image_tokens is not None and isinstance(engine, TransformersEngine):
+            raise ValueError(
+                f"max_image_tokens is {settings.max_image_tokens}, but {model} is no EVE model and "
+                "takes none; evaluate it without."
+            )
         subject = Subject(name=name, answerer=engine, facts=model_facts(engine))
         score(subject)
         if blind:
