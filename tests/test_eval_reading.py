@@ -498,7 +498,7 @@ def plain_likeness(picture, text, words):
 
 def test_page_shows_its_texts():
     """0.99 for plain letters: the same font in other colours; a letter drawn twice is still 0.7."""
-    for index in range(30):
+    for index in range(15):
         drawn = document(index, split="held_out", seed=4)
         picture = draw_page(drawn)
         assert picture.size == drawn.canvas[::-1] and picture.mode == "RGB"
@@ -628,7 +628,7 @@ def frame_of(pixels):
 def test_bars_are_as_high_as_their_values(kind):
     """Measured in pixels between the lower line of the frame, 0, and the upper one, ten ticks."""
     ways = Counter()
-    for drawn in charts_of(kind, 12):
+    for drawn in charts_of(kind, 8):
         pixels = np.asarray(chart_figure.draw_chart(drawn)).astype(int)
         left, top, right, bottom = frame_of(pixels)
         inside = pixels[top + 2 : bottom - 1, left + 2 : right - 1]
@@ -640,7 +640,8 @@ def test_bars_are_as_high_as_their_values(kind):
             mask = is_tone(inside, tone)
             base = mask[-4]  # one stretch of this row for each bar
             for begin, end in runs(base):
-                height = full - 1.5 - np.flatnonzero(mask[:, (begin + end) // 2]).min()
+                # The lowest stretch is the bar; soft edges of digits above may have its tone.
+                height = full - 1.5 - runs(mask[:, (begin + end) // 2])[-1][0]
                 bars.append(((begin + end) / 2, height / full * 10 * drawn.tick))
         found = [value for _, value in sorted(bars)]
         wanted = [value for group in zip(*drawn.values, strict=True) for value in group]
