@@ -32,6 +32,7 @@ from .patch_embedding_eve import (
     EveProjector,
     sample_of_picture,
     tokens_of_pictures,
+    vision_tower_of,
 )
 
 
@@ -79,7 +80,7 @@ class EveModel(EvePreTrainedModel):
 
     def __init__(self, config: EveConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = vision_tower_of(config.vision_config)
         self.multi_modal_projector = EveProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()

@@ -382,7 +382,11 @@ class EveProjector(nn.Module):
             return tokens
 
 
-# `EveModel` makes its vision part from the configuration's class, as it makes its decoder.
-AutoModel.register(EveVisionConfig, EvePatchEmbedding, exist_ok=True)
+def vision_tower_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """The patch embedding; or what another kind of configuration stands for, a twin's encoder."""
+    if config.model_type == EveVisionConfig.model_type:
+        return EvePatchEmbedding._from_config(config)
+    return AutoModel.from_config(config)
+
 
 __all__ = ["EvePatchEmbedding", "EvePreTrainedModel", "EveProjector", "PackedGrid"]
