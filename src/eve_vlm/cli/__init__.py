@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .asking import ask
+from .benching import bench
 from .chatting import chat
 from .checking_data import check
 from .comparing import parity
@@ -58,7 +59,7 @@ def _root(
 # In the order of `eve --help`.
 COMMANDS = (
     *(init, train, report, compare_run, quickstart, ask, chat, demo, look, serve, parity),
-    *(inspect, fits, convert, merge, export, doctor),
+    *(inspect, fits, bench, convert, merge, export, doctor),
 )
 for command in COMMANDS:
     app.command()(command)

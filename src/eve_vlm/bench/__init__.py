@@ -1,0 +1,1 @@
+"""What answering and training cost here, beside what they must cost: `eve bench`."""
