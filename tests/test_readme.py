@@ -19,6 +19,7 @@ from PIL import Image
 
 import published
 import tiny
+from eve_processes import Processes
 from small_decoders import decoder_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,12 +88,20 @@ def test_blocks_were_found():
     assert len(EVE) >= 5 and len(blocks("python")) >= 2
 
 
+@pytest.fixture(scope="module")
+def eve(folder, tmp_path_factory):
+    """Runs an `eve` command in the folder, in a process of its own."""
+    env = {"HF_HUB_CACHE": str(folder / "hub")}
+    with Processes(tmp_path_factory.mktemp("commands"), without=(), env=env) as processes:
+        yield lambda *words: processes.finish(*words, folder=folder, seconds=600)
+
+
 @pytest.mark.parametrize(("page", "line"), EVE, ids=[line for _, line in EVE])
-def test_eve_commands_work(folder, page, line):
-    result = run(folder, *shlex.split(line))
-    assert result.returncode == 0, f"{page}: {line}\n{result.stderr[-2000:]}"
+def test_eve_commands_work(eve, page, line):
+    code, process = eve(*shlex.split(line)[1:])
+    assert code == 0, f"{page}: {line}\n{process.err[-2000:]}"
     # A model of two steps may have nothing to say, all else prints what it did.
-    assert result.stdout.strip() or "eve ask" in line
+    assert process.out.strip() or "eve ask" in line
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("python"))

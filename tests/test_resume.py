@@ -26,6 +26,7 @@ from packaging import version
 from transformers.trainer import safe_globals
 
 import tiny
+from eve_processes import Processes, wait_until
 from eve_vlm.train import whole_checkpoints
 from eve_vlm.train.checkpoints import (
     CHECKSUMS_FILE,
@@ -36,7 +37,6 @@ from eve_vlm.train.checkpoints import (
 from eve_vlm.train.recipe import _training_hints, load_recipe
 from eve_vlm.train.run import finished_run, train
 from eve_vlm.train.run_folder import MAY_CHANGE
-from training_processes import Processes, wait_until
 
 # What is logged of the clock and the machine differs from run to run; these must not.
 LOGGED = ("loss", "grad", "learning_rate", "step", "epoch", "left_out", "utilisation")

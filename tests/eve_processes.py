@@ -1,4 +1,4 @@
-"""Real `eve train` processes for tests, forked from one that has imported everything already.
+"""Real `eve` processes for tests, forked from one that has imported everything already.
 
 Importing torch and transformers takes seconds, and a test that kills a run 25 times would spend
 them 26 times.  What is forked is the command itself, in a process of its own with its own id, which
@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 FORKING = """
-import json, os, sys
-sys.modules["matplotlib"] = None  # drawing a report at each checkpoint takes longer than the run
+import json, os, signal, sys
+first = json.loads(sys.stdin.readline())
+sys.modules |= dict.fromkeys(first["without"])
 import torch, transformers.trainer, eve_vlm.cli, eve_vlm.train.run, tokenizers, yaml, PIL.PngImagePlugin
 torch.set_num_threads(1)
 print("ready", flush=True)
@@ -28,6 +29,8 @@ for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
         os.environ.update(order["env"])
+        os.chdir(order["folder"])
+        signal.alarm(order["seconds"])  # 0 sets none
         os.setpgid(0, 0)
         files = os.open(os.devnull, os.O_RDONLY), *(
             os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("out", "err")
@@ -63,6 +66,11 @@ class Process:
         """What it has written to stderr."""
         return self.file.read_text(encoding="utf-8", errors="replace")
 
+    @property
+    def out(self) -> str:
+        """What it has written to stdout."""
+        return self.file.with_suffix(".out").read_text(encoding="utf-8", errors="replace")
+
     def send(self, number: int) -> None:
         """Sends a signal; none if it has ended."""
         if self.alive:
@@ -79,9 +87,15 @@ class Process:
 
 
 class Processes:
-    """Starts `eve` commands; a context, which ends all of them."""
+    """Starts `eve` commands; a context, which ends all of them.
 
-    def __init__(self, folder: Path):
+    Drawing a report at each checkpoint takes longer than a test's run, so matplotlib is not there
+    unless `without` says otherwise.
+    """
+
+    def __init__(
+        self, folder: Path, *, without: tuple[str, ...] = ("matplotlib",), env: dict | None = None
+    ):
         self.folder, self.started = folder, []
         folder.mkdir(parents=True, exist_ok=True)
         self.log = (folder / "forking.log").open("w")
@@ -91,8 +105,9 @@ class Processes:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {}),
         )
+        self._write({"without": without})
         ready = "ready\n" in self.forking.stdout  # libraries may print before
         assert ready, (folder / "forking.log").read_text()
 
@@ -107,8 +122,21 @@ class Processes:
         self.forking.stdout.close()
         self.log.close()
 
-    def start(self, *arguments: object, env: dict | None = None, before: tuple = ()) -> Process:
-        """Starts a command and returns at once; `before` is Python that runs in it first."""
+    def start(
+        self,
+        *arguments: object,
+        env: dict | None = None,
+        before: tuple = (),
+        folder: Path | None = None,
+        seconds: int = 0,
+    ) -> Process:
+        """Starts a command and returns at once.
+
+        Args:
+            before: Python that runs in it first.
+            folder: where it runs.
+            seconds: after which it is ended.
+        """
         number = len(self.started)
         err = self.folder / f"{number}.err"
         err.touch()
@@ -116,6 +144,8 @@ class Processes:
             "arguments": [str(argument) for argument in arguments],
             "env": env or {},
             "before": list(before),
+            "folder": str(folder or Path.cwd()),
+            "seconds": seconds,
             "out": str(self.folder / f"{number}.out"),
             "err": str(err),
         }
@@ -127,14 +157,17 @@ class Processes:
         """Waits for a command; negative where a signal ended it."""
         return os.waitstatus_to_exitcode(self._ask({"end of": process.pid}))
 
-    def finish(self, *arguments: object, before: tuple = ()) -> tuple[int, Process]:
+    def finish(self, *arguments: object, **settings) -> tuple[int, Process]:
         """Runs a command to its end; its exit code and the process."""
-        process = self.start(*arguments, before=before)
+        process = self.start(*arguments, **settings)
         return self.exit_code(process), process
 
-    def _ask(self, order: dict) -> int:
+    def _write(self, order: dict) -> None:
         self.forking.stdin.write(json.dumps(order) + "\n")
         self.forking.stdin.flush()
+
+    def _ask(self, order: dict) -> int:
+        self._write(order)
         return int(self.forking.stdout.readline())
 
 
