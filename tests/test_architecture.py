@@ -84,17 +84,19 @@ def ours(path):
 HUB = {
     "errors": set(),
     "published_eve": set(),
+    "cache_name_eve": set(),
     "published_tokenizer_eve": set(),
     "configuration_eve": {"published_eve"},
     "image_processing_eve": {"published_eve"},
     "processing_eve": {"image_processing_eve", "published_eve", "published_tokenizer_eve"},
     "patch_embedding_eve": {
-        *("configuration_eve", "errors", "image_processing_eve", "published_eve"),
+        *("cache_name_eve", "configuration_eve", "errors", "image_processing_eve", "published_eve"),
     },
     "layer_taps_eve": set(),
     "language_loss_eve": {"patch_embedding_eve"},
     "modeling_eve": {
-        *("configuration_eve", "language_loss_eve", "layer_taps_eve", "patch_embedding_eve"),
+        *("cache_name_eve", "configuration_eve", "language_loss_eve", "layer_taps_eve"),
+        "patch_embedding_eve",
     },
 }
 MODEL = HUB | {

@@ -10,6 +10,7 @@ from transformers import StaticCache
 
 import tiny
 from eve_vlm import EveForConditionalGeneration
+from eve_vlm.cache_name_eve import CACHE
 from eve_vlm.patch_embedding_eve import sample_of_picture
 
 NEW = 6
@@ -158,7 +159,7 @@ def test_eager_generates_the_same(samples):
 def test_a_cache_given_by_hand(model, samples):
     one = samples[0]
     cache = StaticCache(config=model.config.text_config, max_cache_len=64)
-    assert_equal(generate(model, one, past_key_values=cache), generate(model, one))
+    assert_equal(generate(model, one, **{CACHE: cache}), generate(model, one))
 
 
 def test_answers_end_at_the_end_token(samples):

@@ -164,6 +164,7 @@ class EveForPreTraining(EveForConditionalGeneration):
         logits_to_keep: int | torch.Tensor = 0,
         teacher_features: torch.Tensor | None = None,
         num_images_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> EveCausalLMOutput:
         """Language loss plus alignment loss.
@@ -187,6 +188,7 @@ class EveForPreTraining(EveForConditionalGeneration):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             labels=labels,
             logits_to_keep=logits_to_keep,

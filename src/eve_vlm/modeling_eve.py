@@ -21,9 +21,14 @@ import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.utils.generic import can_return_tuple
 
+from .cache_name_eve import CACHE, the_cache
 from .configuration_eve import EveConfig
 from .language_loss_eve import language_loss
 from .layer_taps_eve import LayerTaps
@@ -37,24 +42,20 @@ from .patch_embedding_eve import (
 
 
 @dataclass
-class EveModelOutput(ModelOutput):
-    """What `EveModel` returns.
+class EveModelOutput(BaseModelOutputWithPast):
+    """What `EveModel` returns beyond the decoder's output.
 
-    last_hidden_state: (B, T, D), after the final norm.
+    image_hidden_states: picture tokens, (N, D).
     image_taps: the tapped layers' states at picture positions, each (N, D); None unless asked for.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     image_taps: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
-class EveCausalLMOutput(ModelOutput):
-    """What `EveForConditionalGeneration` returns.
+class EveCausalLMOutput(CausalLMOutputWithPast):
+    """What `EveForConditionalGeneration` returns; the cache goes by the library's name.
 
     loss: scalar, when labels were given.
     loss_terms: the loss by name, unweighted (`lm`, and `alignment` in pre-training).
@@ -63,11 +64,6 @@ class EveCausalLMOutput(ModelOutput):
     image_taps: see `EveModelOutput`.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     loss_terms: dict[str, torch.Tensor] | None = None
     group_losses: torch.Tensor | None = None
@@ -194,6 +190,7 @@ class EveModel(EvePreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         image_taps: tuple[int, ...] | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> EveModelOutput:
         """Runs the decoder over words and pictures.
@@ -206,11 +203,13 @@ class EveModel(EvePreTrainedModel):
             mm_encoder_outputs: `{"image": ...}` from `get_image_features`, instead of pixels.
             image_taps: layers whose states at picture positions are returned (0 is the embedded
                 input, the number of layers is the last state after the final norm).
+            past_key_values, cache: one cache by either name.
         """
+        cache = the_cache(past_key_values, cache)
         inputs_embeds, mask, features = self._embed(
             input_ids, inputs_embeds, pixel_values, image_grid_thw, mm_encoder_outputs
         )
-        beginning = past_key_values is None or past_key_values.get_seq_length() == 0
+        beginning = cache is None or cache.get_seq_length() == 0
         if features is None and input_ids is not None and beginning:
             # Later steps of generation have their pictures in the cache, and no time to count.
             self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds[0, :0])
@@ -220,12 +219,12 @@ class EveModel(EvePreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
         return EveModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features,
@@ -291,6 +290,7 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> EveCausalLMOutput:
         """See `EveModel.forward`.
@@ -318,7 +318,7 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
             image_grid_thw=image_grid_thw,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=the_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
@@ -342,7 +342,7 @@ class EveForConditionalGeneration(EvePreTrainedModel, GenerationMixin):
         return EveCausalLMOutput(
             loss=None if loss is None else loss.total,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from .cache_name_eve import NAMES
 from .configuration_eve import EveConfig, EveVisionConfig
 from .errors import check_loaded
 from .image_processing_eve import num_image_tokens
@@ -181,7 +182,7 @@ class EvePreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["EvePatchEmbedding"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

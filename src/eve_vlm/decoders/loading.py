@@ -27,13 +27,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from eve_vlm.cache_name_eve import CACHE
 from eve_vlm.checkpoint_files import list_weights
 from eve_vlm.configuration_eve import EveConfig
 from eve_vlm.errors import first_line
 from eve_vlm.loading import find_model
 
 # What the decoder is called with (`EveModel.forward`).
-NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+NEEDED = ("inputs_embeds", "attention_mask", "position_ids", CACHE)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 ROLES = ("bos", "eos", "unk", "pad")
 TAKE = "take a decoder-only language model such as Llama, Qwen 3 or SmolLM"

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from eve_vlm.alignment_eve import EveForPreTraining
+from eve_vlm.cache_name_eve import CACHE
 from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
 from eve_vlm.image_processing_eve import EveImageProcessor
 
@@ -199,10 +200,10 @@ class Bench:
                 step = ids if past is None else ids[-1:]
                 inputs["input_ids"] = torch.tensor([step], device=self.device)
                 if past is not None:
-                    inputs = {"input_ids": inputs["input_ids"], "past_key_values": past}
+                    inputs = {"input_ids": inputs["input_ids"], "cache": past}
                 with torch.no_grad():
                     output = self.model(**inputs, use_cache=cache, logits_to_keep=1)
-                past = output.past_key_values if cache else None
+                past = output[CACHE] if cache else None
                 new.append(int(output.logits[0, -1].argmax()))
                 ids.append(new[-1])
             found.append(new)

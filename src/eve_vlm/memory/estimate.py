@@ -274,7 +274,7 @@ class MemoryModel:
         with torch.no_grad(), rehearsal(model, parts_of(model)) as counter:
             inputs = given.make(counter, self.config)
             with _cache(self.config, model, counter) as cache:
-                model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
             question = counter.peak
         words = torch.full((work.batch, work.length - 1), _word(self.config))
         with (
@@ -282,9 +282,9 @@ class MemoryModel:
             rehearsal(model, parts_of(model)) as counter,
             _cache(self.config, model, counter) as cache,
         ):
-            model(input_ids=words, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=words, cache=cache, use_cache=True, logits_to_keep=1)
             counter.restart()
-            model(input_ids=words[:, :1], past_key_values=cache, use_cache=True)
+            model(input_ids=words[:, :1], cache=cache, use_cache=True)
             kept = Peak(counter.total, dict(counter.live))
         return {"question": question, "last word": counter.peak, "kept": kept}
 

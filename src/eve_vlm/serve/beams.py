@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DynamicCache
 
+from eve_vlm.cache_name_eve import CACHE
+
 from .messages import Prompt
 from .reply import Answer, Reply
 from .running_batch import RunningBatch
@@ -54,7 +56,7 @@ def answer_with_beams(
         output = engine.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             generation_config=settings,
             **({"tokenizer": engine.tokenizer} if sampling.stop else {}),
         )

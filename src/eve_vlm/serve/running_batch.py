@@ -28,6 +28,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from eve_vlm.cache_name_eve import CACHE
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 
 from .cache_rows import GrowingCache, PrefixStore, add_rows, keep_rows
@@ -229,7 +230,7 @@ class RunningBatch:
             input_ids=ids[:, known:-1],
             attention_mask=mask[:, :-1],
             position_ids=positions[:, known:-1],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             **seen,
         )
@@ -245,7 +246,7 @@ class RunningBatch:
         rows.input_ids = self.model.generate(
             input_ids=rows.input_ids,
             attention_mask=rows.attention_mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             generation_config=self.settings(max_new_tokens=remaining),
             logits_processor=LogitsProcessorList([ChooseTokens(choosers, self.never)]),
             stopping_criteria=StoppingCriteriaList([_Listener(self, rows.replies)]),

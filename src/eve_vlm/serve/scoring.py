@@ -231,7 +231,7 @@ def _score(engine: "EveEngine", batch: RunningBatch, rows: list[_Row]) -> list[L
         input_ids=steps,
         attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -longest:],
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
     ).last_hidden_state
     logprobs, greedy = _of_tokens(engine, hidden[seen], ids[seen])

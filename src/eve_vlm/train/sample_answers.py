@@ -265,7 +265,7 @@ def caption(engine: EveEngine, messages: Messages, *, max_new_tokens: int) -> st
     cache, text = DynamicCache(), ""
     while len(made) < max_new_tokens and "\n" not in text:
         inputs = {name: one.to(model.device) for name, one in {"input_ids": ids, **seen}.items()}
-        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
         scores = output.logits[0, -1]
         scores[never] = -torch.inf
         token = int(scores.argmax())

@@ -60,7 +60,7 @@ def attention_rows(
     chosen = torch.tensor([answer_ids], device=model.device)  # (1, A)
     asking = torch.cat([ids[:, -1:], chosen[:, :-1]], 1)  # the positions that choose them
     with torch.no_grad():
-        model.model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, **given)
+        model.model(input_ids=ids[:, :-1], cache=cache, use_cache=True, **given)
         embeds = model.get_input_embeddings()(asking)  # (1, A, D)
     length = ids.shape[1] + asking.shape[1] - 1
     text = model.config.text_config
@@ -73,7 +73,7 @@ def attention_rows(
             outputs = model(
                 # Frozen weights make no graph; what goes in does.
                 inputs_embeds=embeds[:, first : first + step].detach().requires_grad_(gradient),
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 output_attentions=True,
                 logits_to_keep=1,
