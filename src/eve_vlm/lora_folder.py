@@ -22,6 +22,7 @@ from torch import nn
 
 from .checkpoint_files import FILES, WeightReader
 from .errors import first_line, listed
+from .lora_adapters import ADAPTER, put_adapters, require_peft
 from .output_folder import written_whole
 
 if TYPE_CHECKING:
@@ -32,10 +33,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "scaler.bin")
 PREFIX = "base_model.model."
 ALIGNER = "aligner."
-ADAPTER = "default"  # PEFT's name of the only one
 BASE, QUANTIZE = "eve_base", "eve_quantize"  # keys in the header of the weights
 SAMPLES = 16  # values of each weight that its fingerprint is made of
-INSTALL = 'pip install "eve-vlm[lora]"'
 
 
 def is_lora(folder: str | Path) -> bool:
@@ -264,7 +263,7 @@ def adapter_weights(
     """What the folder of a model with adapters in place holds, by PEFT's names.
 
     Args:
-        model: with adapters that `add_adapter` put in place, and the parts that are trained whole
+        model: with adapters that `put_adapters` put in place, and the parts that are trained whole
             in the `modules_to_save` of its settings.
         state: its whole state where that had to be gathered from several devices.
     """
@@ -306,7 +305,7 @@ def attach_adapter(
     settings = peft.PeftConfig.from_pretrained(str(folder))
     whole, settings.modules_to_save = settings.modules_to_save or [], None
     try:
-        model.add_adapter(settings, ADAPTER)
+        put_adapters(model, settings)
     except (ValueError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"The adapter {folder} does not fit {base} ({first_line(error)}); check that it was "
@@ -359,20 +358,7 @@ def save_adapter(
     model.generation_config.save_pretrained(folder)
 
 
-def require_peft(what: str) -> None:
-    """Says how to install PEFT where it is missing.
-
-    Raises:
-        ValueError: if it is.
-    """
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise ValueError(f"{what} needs peft; install it with: {INSTALL}") from None
-
-
 __all__ = [
-    "ADAPTER",
     "BASE",
     "CONFIG",
     "NOT_WEIGHTS",
@@ -391,7 +377,6 @@ __all__ = [
     "load_adapter",
     "read_weights",
     "require_adapter",
-    "require_peft",
     "save_adapter",
     "stored_notes",
     "weights_for",

@@ -14,14 +14,8 @@ import torch
 from torch import nn
 
 from eve_vlm.errors import first_line, listed
-from eve_vlm.lora_folder import (
-    bare,
-    check_base,
-    check_weights,
-    require_adapter,
-    require_peft,
-    weights_for,
-)
+from eve_vlm.lora_adapters import require_peft
+from eve_vlm.lora_folder import bare, check_base, check_weights, require_adapter, weights_for
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 
 PARTS = {

@@ -20,14 +20,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from eve_vlm.encoder_twin_eve import encoder_parameters
+from eve_vlm.lora_adapters import ADAPTER, put_adapters, require_peft
 from eve_vlm.lora_folder import (
-    ADAPTER,
     BASE,
     QUANTIZE,
     fingerprint,
     is_lora,
     load_adapter,
-    require_peft,
     save_adapter,
     stored_notes,
 )
@@ -159,7 +158,7 @@ def _add_adapters(
         target_modules=rf"{re.escape(DECODER)}(.+\.)?({'|'.join(last)})",
     )
     with warnings.catch_warnings(action="ignore"):  # of Conv1D, whose setting it then changes
-        model.add_adapter(config, ADAPTER)
+        put_adapters(model, config)
     # As PEFT does it in its own wrapper: half precision swallows small updates.
     for name, parameter in model.named_parameters():
         if ".lora_" in name and parameter.dtype in HALF:
