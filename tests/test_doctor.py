@@ -327,7 +327,7 @@ def finding(check, facts):
 def test_a_healthy_forged_machine_is_all_well():
     found = doctor.examine(HEALTHY)
     assert {one.state for one in found} == {"ok"} and not doctor.is_bad(found, {})
-    assert len({one.name for one in found if one.group == doctor_known.GROUP}) == 14
+    assert len({one.name for one in found if one.group == doctor_known.GROUP}) == 15
 
 
 @pytest.mark.parametrize(
@@ -435,6 +435,25 @@ def test_a_healthy_forged_machine_is_all_well():
             replace(HEALTHY, versions={"transformers": "5.17.0"}),
             "warn",
             ("5.17.0",),
+        ),
+        (
+            doctor_known.adapters,
+            replace(HEALTHY, versions={"transformers": "5.24.0", "peft": "0.21.2"}),
+            "ok",
+            ("0.21.2", "asks for 0.22", "PEFT's own"),
+        ),
+        *(
+            (
+                doctor_known.adapters,
+                replace(HEALTHY, versions=versions),
+                "ok",
+                ("not installed, or",),
+            )
+            for versions in (
+                {"transformers": "5.24.0"},
+                {"transformers": "5.23.0", "peft": "0.21.2"},
+                {"transformers": "5.24.0", "peft": "0.22.0"},
+            )
         ),
         (
             doctor_known.package_import,

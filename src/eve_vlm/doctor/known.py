@@ -14,6 +14,8 @@ from eve_vlm.doctor.findings import Finding, State, gib
 SLOW_BFLOAT16 = 2.0  # times float32; less is not worth a word
 ENOUGH_SHARED = 2**30  # bytes; containers often have 64 MiB, one batch of large pictures is more
 MASK_RIGHT = (5, 23)  # transformers that was seen to be right; 5.17 was seen to be wrong
+# From then on transformers' own adapter functions ask for a PEFT that was not out with it.
+ADAPTERS_FROM, ADAPTERS_WANT = (5, 24), (0, 22)
 GROUP = "known trouble"
 
 
@@ -153,12 +155,26 @@ def unused_gpu(facts: Facts) -> Finding:
 def assistant_mask(facts: Facts) -> Finding:
     """Wrong in transformers 5.17 where pictures are expanded: places are not moved along."""
     name, version = "assistant mask", facts.versions.get("transformers", "")
-    parts = re.match(r"(\d+)\.(\d+)", version)
-    if parts is None or (int(parts[1]), int(parts[2])) >= MASK_RIGHT:
+    if _release(facts, "transformers", MASK_RIGHT) >= MASK_RIGHT:
         return _is(name, "ok", "right with pictures, or not asked")
     found = f"transformers {version} may give a wrong assistant mask with pictures (5.17 does)"
     mend = "nothing for `eve train`, which makes its own labels; update to 5.23 if you ask for it"
     return _is(name, "warn", found, mend, "run with 5.17.0 and 5.23.0")
+
+
+def adapters(facts: Facts) -> Finding:
+    """From 5.24 on transformers refuses older PEFT, but in functions only that we do not call."""
+    name, ours = "PEFT", "`eve` puts adapters in place by PEFT's own function"
+    old = _release(facts, "peft", ADAPTERS_WANT) < ADAPTERS_WANT
+    if not old or _release(facts, "transformers", (0, 0)) < ADAPTERS_FROM:
+        return _is(name, "ok", "not installed, or what transformers asks for")
+    found = f"{facts.versions['peft']}: `add_adapter` of transformers asks for 0.22; {ours}"
+    return _is(name, "ok", found, "", "run with 5.24.0 and 0.21.2")
+
+
+def _release(facts: Facts, package: str, unknown: tuple[int, int]) -> tuple[int, int]:
+    parts = re.match(r"(\d+)\.(\d+)", facts.versions.get(package, ""))
+    return unknown if parts is None else (int(parts[1]), int(parts[2]))
 
 
 def pillow(facts: Facts) -> Finding:
@@ -201,7 +217,7 @@ def tensor_float32(facts: Facts) -> Finding:
 KNOWN: tuple[Callable[[Facts], Finding], ...] = (
     *(package_import, torchvision, flash_attention, deepspeed, unused_gpu, gpu_architectures),
     *(gpu_bfloat16, cpu_bfloat16, float16, tensor_float32, threads, shared_memory),
-    *(assistant_mask, pillow),
+    *(assistant_mask, adapters, pillow),
 )
 
 __all__ = ["KNOWN"]
