@@ -129,7 +129,7 @@ def roofline_plot(data: Data) -> str:
         axes.set_yscale("log")
         axes.set_xlabel("operations per byte that must be moved")
         axes.set_ylabel("operations per second")
-        axes.legend(frameon=False, fontsize="small")
+        axes.figure.legend(frameon=False, fontsize="small", loc="outside right upper")
 
     return _drawn("roofline", (8.0, 4.6), draw)
 
@@ -154,7 +154,9 @@ def times_plot(data: Data) -> str:
         axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
         axes.set_xlabel(f"seconds, one square picture, decoder of {data['settings']['subject']}")
         axes.margins(x=0.12)
-        axes.legend(frameon=False, fontsize="small", ncols=len(PARTS), loc="lower right")
+        axes.figure.legend(
+            frameon=False, fontsize="small", ncols=len(PARTS), loc="outside upper center"
+        )
 
     return _drawn("times", (8.0, 2.8), draw)
 

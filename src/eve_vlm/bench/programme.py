@@ -29,6 +29,7 @@ from .words import CAPTION, QUESTION, SQUARE, mixed
 
 FORMAT = "eve-bench/1"
 SECTIONS = ("preprocessing", "embedding", "prefill", "decode", "training", "growth")
+COMPARED = {"preprocessing", "embedding", "prefill"}  # with encoder-based models
 TRAINING_BATCH = 4
 Say = Callable[[str], None]
 
@@ -160,6 +161,8 @@ def _sections(subject: Subject, settings: Settings) -> list[list[Case]]:
 def _compared(subject: Subject, settings: Settings) -> list[Case]:
     """One square through EVE and through the encoder-based model of the same decoder."""
     cases: list[Case] = []
+    if not COMPARED & set(settings.sections):
+        return cases
     for edge, name in zip(settings.edges, NAMES, strict=False):
         engine = subject.engine(edge)
         words = engine.tokenizer(QUESTION, add_special_tokens=False, return_tensors="pt")
@@ -205,7 +208,7 @@ def require_memory(subject: Subject, settings: Settings) -> None:
     memory = MemoryModel(subject.config)
     device = _memory_of(subject)
     beside = 0
-    if {"embedding", "prefill"} & set(settings.sections):
+    if COMPARED & set(settings.sections):
         width = subject.config.text_config.hidden_size
         beside = encoder_bytes(subject.shape.encoder, width, subject.dtype)
     for work, what, remedy in _workloads(subject, settings):
