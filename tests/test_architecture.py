@@ -87,7 +87,8 @@ HUB = {
     "cache_name_eve": set(),
     "published_tokenizer_eve": set(),
     "configuration_eve": {"published_eve"},
-    "image_processing_eve": {"published_eve"},
+    "picture_pixels_eve": set(),
+    "image_processing_eve": {"picture_pixels_eve", "published_eve"},
     "processing_eve": {"image_processing_eve", "published_eve", "published_tokenizer_eve"},
     "patch_embedding_eve": {
         *("cache_name_eve", "configuration_eve", "errors", "image_processing_eve", "published_eve"),

@@ -1,4 +1,4 @@
-"""Pictures to packed patches: geometry, resizing, cutting.  The only place that knows them.
+"""Pictures to packed patches: geometry, settings, batches; pixels are in `picture_pixels_eve`.
 
 A picture keeps its aspect ratio: its longer side becomes `longest_edge` pixels, its shorter side
 the nearest multiple of `size_multiple` above, so it is stretched by less than one multiple.  What
@@ -6,15 +6,19 @@ leaves here is one row per patch of all pictures behind each other, and a grid p
 no canvas and no mask.  Easy to get wrong: the patches of one merge cell are neighbours in the
 packed order, so row k of `pixel_values` is not the k-th patch in reading order.
 
-Legend: `P` patches, `p` patch size in pixels, `m` merge size, `R` x `C` rows and columns of tokens.
+Legend: `P` patches, `p` patch size in pixels.
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -27,6 +31,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
+from .picture_pixels_eve import cut_patches, resize_picture, to_rgb, upright, write_patches
 from .published_eve import find_preprocessor, hub_arguments, image_settings, published_config_of
 
 
@@ -148,53 +153,6 @@ def num_image_tokens(rows: Any, cols: Any) -> Any:
     return 1 + rows * (cols + 1)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns the picture upright and in RGB, whatever its mode (first frame of an animation).
-
-    Alpha is dropped, not blended, as in the published preprocessing.  16-bit pictures are scaled to
-    8 bits, which Pillow's own conversion would clip to white instead.
-    """
-    # A copy, because exif_transpose returns a new picture only where it has to turn it.
-    image = ImageOps.exif_transpose(image) or image
-    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError(
-            "A picture of floating-point pixels has no known range; convert it to 8 or 16 bits "
-            "before giving it."
-        )
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def resize_picture(
-    image: Image.Image, height: int, width: int, resample: int | None = PILImageResampling.BICUBIC
-) -> np.ndarray:
-    """Resizes an RGB picture to (height, width, 3) 8-bit pixels, alike with every Pillow >= 10.
-
-    Pillow 13 passes over some tall pictures in the other order, which changes values by up to 12 of
-    255; two explicit steps, width first, fix the order (`tests/test_goldens.py`).  It costs
-    nothing: the library makes the same two passes inside.
-    """
-    image = image.resize((width, image.height), resample).resize((width, height), resample)
-    return np.asarray(image)
-
-
-def cut_patches(
-    pixels: np.ndarray, *, patch_size: int, merge_size: int
-) -> tuple[np.ndarray, int, int]:
-    """Cuts (height, width, 3) pixels into packed patches (P, 3, p, p), patch rows and columns.
-
-    Order: cells in reading order, inside a cell its m x m patches in reading order.
-    """
-    cell = patch_size * merge_size
-    rows, cols = pixels.shape[0] // cell, pixels.shape[1] // cell
-    pixels = pixels[: rows * cell, : cols * cell]
-    patches = pixels.reshape(rows, merge_size, patch_size, cols, merge_size, patch_size, 3)
-    patches = patches.transpose(0, 3, 1, 4, 6, 2, 5)  # (R, C, m, m, 3, p, p)
-    return patches.reshape(-1, 3, patch_size, patch_size), rows * merge_size, cols * merge_size
-
-
 class EveImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Settings of `EveImageProcessor` beyond the library's own.
 
@@ -262,53 +220,30 @@ class EveImageProcessor(PilBackend):
         Args:
             longest_edge: asks for another limit than the processor's own.
         """
-        size = self.size if longest_edge is None else {"longest_edge": longest_edge}
-        return self._grid(
+        return eve_grid(
             height,
             width,
-            size,
-            self.size_multiple,
-            self.patch_size,
-            self.merge_size,
-            self.min_image_tokens,
-            self.max_image_tokens,
+            longest_edge=self.size["longest_edge"] if longest_edge is None else longest_edge,
+            size_multiple=self.size_multiple,
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            min_image_tokens=self.min_image_tokens,
+            max_image_tokens=self.max_image_tokens,
         )
 
     def square_grid(self) -> EveGrid:
         """The grid of a large square picture, which says how many tokens a picture takes."""
         return self.grid_of(self.size["longest_edge"], self.size["longest_edge"])
 
-    @staticmethod
-    def _grid(
-        height: int,
-        width: int,
-        size: SizeDict | dict,
-        size_multiple: int,
-        patch_size: int,
-        merge_size: int,
-        min_image_tokens: int | None,
-        max_image_tokens: int | None,
-    ) -> EveGrid:
-        return eve_grid(
-            height,
-            width,
-            longest_edge=size["longest_edge"],
-            size_multiple=size_multiple,
-            patch_size=patch_size,
-            merge_size=merge_size,
-            min_image_tokens=min_image_tokens,
-            max_image_tokens=max_image_tokens,
-        )
-
     def resize_to_grid(self, image: Image.Image) -> np.ndarray:
         """Resizes one RGB picture to its grid: (height, width, 3) 8-bit pixels."""
         grid = self.grid_of(image.height, image.width)
         return resize_picture(image, grid.height, grid.width, self.resample)
 
-    def process_image(self, image: ImageInput, **kwargs) -> np.ndarray:
-        """Brings one picture or 8-bit array, channels first or last, to (H, W, 3) pixels."""
+    def process_image(self, image: ImageInput, **kwargs) -> Image.Image:
+        """An upright picture, RGB or grey, of a picture or 8-bit array, channels first or last."""
         if isinstance(image, Image.Image):
-            return np.asarray(to_rgb(image))
+            return upright(image)
         pixels = np.asarray(image)
         if pixels.dtype != np.uint8:
             raise ValueError(
@@ -320,11 +255,11 @@ class EveImageProcessor(PilBackend):
             pixels = pixels.transpose(1, 2, 0)
         if pixels.ndim == 3 and pixels.shape[2] == 1:
             pixels = pixels[:, :, 0]
-        return np.asarray(Image.fromarray(pixels).convert("RGB"))
+        return upright(Image.fromarray(pixels))
 
     def _preprocess(
         self,
-        images: list[np.ndarray],
+        images: list[Image.Image],
         do_resize: bool,
         size: SizeDict,
         resample: int | None,
@@ -342,53 +277,81 @@ class EveImageProcessor(PilBackend):
         **kwargs,
     ) -> BatchFeature:
         # (x * rescale - mean) / std as one multiplication and one addition.
-        scale = np.full(3, rescale_factor if do_rescale else 1.0)
-        shift = np.zeros(3)
+        scale, shift = np.full(3, rescale_factor if do_rescale else 1.0), np.zeros(3)
         if do_normalize:
-            scale, shift = (
-                scale / np.asarray(image_std),
-                -np.asarray(image_mean) / np.asarray(image_std),
+            std = np.asarray(image_std)
+            scale, shift = scale / std, -np.asarray(image_mean) / std
+        write = partial(
+            write_patches,
+            scale=scale.astype(np.float32),
+            shift=shift.astype(np.float32),
+            patch_size=patch_size,
+            merge_size=merge_size,
+        )
+        sizes = [(image.height, image.width) for image in images]
+        if do_resize:
+            grid_of = partial(
+                eve_grid,
+                longest_edge=size["longest_edge"],
+                size_multiple=size_multiple,
+                patch_size=patch_size,
+                merge_size=merge_size,
+                min_image_tokens=min_image_tokens,
+                max_image_tokens=max_image_tokens,
             )
-        factor = scale.astype(np.float32).reshape(3, 1, 1)
-        offset = shift.astype(np.float32).reshape(3, 1, 1)
+            sizes = [grid_of(*each)[:2] for each in sizes]
+        else:
+            _check_whole_cells(sizes, patch_size * merge_size)
+        # Rows and columns of whole cells.
+        cell = patch_size * merge_size
+        sides = [(height // cell, width // cell) for height, width in sizes]
+        bounds = np.cumsum([0] + [rows * cols * merge_size**2 for rows, cols in sides])
+        packed = np.empty((bounds[-1], 3 * patch_size**2), np.float32)
 
-        packed, grids = [], []
-        for pixels in images:
-            if do_resize:
-                grid = self._grid(
-                    pixels.shape[0],
-                    pixels.shape[1],
-                    size,
-                    size_multiple,
-                    patch_size,
-                    merge_size,
-                    min_image_tokens,
-                    max_image_tokens,
-                )
-                pixels = resize_picture(Image.fromarray(pixels), grid.height, grid.width, resample)
-            elif pixels.shape[0] % (patch_size * merge_size) or pixels.shape[1] % (
-                patch_size * merge_size
-            ):
-                raise ValueError(
-                    f"A picture of {pixels.shape[1]} x {pixels.shape[0]} pixels with "
-                    "do_resize=False must have sides "
-                    f"that are multiples of {patch_size * merge_size}; leave do_resize on."
-                )
-            patches, rows, cols = cut_patches(pixels, patch_size=patch_size, merge_size=merge_size)
-            packed.append((patches * factor + offset).reshape(len(patches), -1))
-            grids.append((1, rows, cols))
-        data = {
-            "pixel_values": np.concatenate(packed),
-            "image_grid_thw": np.array(grids, dtype=np.int64),
-        }
+        def fill(index: int) -> None:
+            """Resizes one picture and writes it to its place."""
+            pixels = resize_picture(images[index], *sizes[index], resample)
+            write(pixels, packed[bounds[index] : bounds[index + 1]])
+
+        _for_each(fill, len(images))
+        grids = [(1, rows * merge_size, cols * merge_size) for rows, cols in sides]
+        data = {"pixel_values": packed, "image_grid_thw": np.array(grids, np.int64).reshape(-1, 3)}
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def _check_whole_cells(sizes: list[tuple[int, int]], cell: int) -> None:
+    """Refuses pictures that are not to be resized, but do not consist of whole merge cells."""
+    for height, width in sizes:
+        if height % cell or width % cell:
+            raise ValueError(
+                f"A picture of {width} x {height} pixels with do_resize=False must have sides that "
+                f"are multiples of {cell}; leave do_resize on."
+            )
+
+
+def _for_each(work: Callable[[int], None], number: int) -> None:
+    """Does the work of every picture, in torch's number of threads.
+
+    That is one inside a DataLoader's workers; OMP_NUM_THREADS and `torch.set_num_threads` set it.
+    Resizing and arithmetic run without the interpreter's lock.
+    """
+    threads = min(number, torch.get_num_threads())
+    if threads < 2:
+        for index in range(number):
+            work(index)
+        return
+    with ThreadPoolExecutor(threads) as pool:  # none is kept, which a forked process could not use
+        for _ in pool.map(work, range(number)):
+            pass  # raises what the work raised
 
 
 __all__ = [
     "EveGrid",
     "EveImageProcessor",
+    "cut_patches",
     "eve_grid",
     "longest_edge_of_budget",
     "num_image_tokens",
+    "resize_picture",
     "to_rgb",
 ]

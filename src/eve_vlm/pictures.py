@@ -105,7 +105,7 @@ def read_picture(
             )
         with _damage_is_said_of(name):
             image.load()
-            return to_rgb(image)
+            return to_rgb(image, copy=False)
 
 
 def picture_size(
