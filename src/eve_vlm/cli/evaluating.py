@@ -230,7 +230,10 @@ def _named(models: list[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for given in models:
         name, mark, model = given.partition("=")
-        name, model = (name, model) if mark else (public_name(given), given)
+        # A folder by the name it was called by, links included: results lie under that name.
+        called = Path(given).expanduser()
+        short = called.name if called.exists() and called.name else public_name(given)
+        name, model = (name, model) if mark else (short, given)
         if name in named:
             raise ValueError(f"Two models are called {name}; write NAME={model} for one of them.")
         named[name] = model
