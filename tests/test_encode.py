@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import tiny
 from eve_vlm import num_image_tokens
@@ -363,6 +363,21 @@ def test_pictures_with_too_many_patches():
     text = tiny.refused(lambda: encoder(max_patches=50)(made))
     assert "have 64 patches but a packed row takes 50" in text
     assert len(encoder(max_patches=50, shrink=True)(made).pixel_values) == 36
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_open_pictures_that_a_camera_held_sideways(orientation):
+    """As many placeholders as the upright picture has tokens: 6 and 8 swap its sides."""
+    picture = tiny.picture(8, 32)
+    picture.getexif()[0x0112] = orientation
+    turned = ImageOps.exif_transpose(picture)
+    one, two = (
+        encoder()(record(tiny.conversation("What is this?", "a square"), [image]))
+        for image in (picture, turned)
+    )
+    assert one.input_ids.tolist() == two.input_ids.tolist()
+    assert np.array_equal(one.image_grid_thw, two.image_grid_thw)
+    assert np.array_equal(one.pixel_values, two.pixel_values)
 
 
 def test_teacher_views_follow_pictures_that_shrink():

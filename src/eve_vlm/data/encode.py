@@ -111,7 +111,7 @@ class Encoder:
         try:
             ids, labels = self.encode_text(record.messages, format=record.format)
             images = [open_image(image) for image in record.images]
-            layout = self.layout(ids, [image.size for image in images])
+            layout = self.layout(ids, [size_of_image(image) for image in images])
             return self._with_pictures(record, ids, labels, images, layout)
         except ValueError as error:
             raise ValueError(f"Record {record.id!r}: {error}") from None
