@@ -90,8 +90,10 @@ HUB = {
     "picture_pixels_eve": set(),
     "image_processing_eve": {"picture_pixels_eve", "published_eve"},
     "processing_eve": {"image_processing_eve", "published_eve", "published_tokenizer_eve"},
+    "pooled_attention_eve": {"configuration_eve"},
     "patch_embedding_eve": {
         *("cache_name_eve", "configuration_eve", "errors", "image_processing_eve", "published_eve"),
+        "pooled_attention_eve",
     },
     "layer_taps_eve": set(),
     "language_loss_eve": {"patch_embedding_eve"},
@@ -101,7 +103,10 @@ HUB = {
     },
 }
 MODEL = HUB | {
-    "alignment_eve": {"configuration_eve", "modeling_eve", "patch_embedding_eve", "published_eve"},
+    "alignment_eve": {
+        *("configuration_eve", "modeling_eve", "patch_embedding_eve", "pooled_attention_eve"),
+        "published_eve",
+    },
     "pictures": {"image_processing_eve"},
     "efficientnet_lite": {"assets.catalogue"},
     "vision_encoder": {"efficientnet_lite", "errors"},

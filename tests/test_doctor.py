@@ -25,7 +25,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import eve_vlm_command
-from eve_vlm import patch_embedding_eve
+from eve_vlm import pooled_attention_eve
 from eve_vlm.cli import app
 from eve_vlm.doctor import checkup as doctor
 from eve_vlm.doctor import facts as doctor_facts
@@ -202,11 +202,11 @@ def test_the_slow_optimizer_is_adamw():
 
 def wrong_scale(monkeypatch):
     """Of a head's width instead of the full one."""
-    right = patch_embedding_eve.EvePooledAttention.queries
+    right = pooled_attention_eve.EvePooledAttention.queries
     monkeypatch.setattr(
-        patch_embedding_eve.EvePooledAttention,
+        pooled_attention_eve.EvePooledAttention,
         "queries",
-        lambda self, pooled: right(self, pooled) * self.num_heads**0.5,
+        lambda self, *given: right(self, *given) * self.num_heads**0.5,
     )
 
 

@@ -32,6 +32,7 @@ from eve_vlm import (
 )
 from eve_vlm.patch_embedding_eve import PackedGrid
 from oracle import patch_embedding as slow
+from oracle.published_shape import official
 
 SAME = 2e-5
 # One cell, one row, one column, odd sides, squares, and cells left over on no side.
@@ -84,22 +85,8 @@ MIXED = [[(2, 3)], [], [(1, 1), (3, 2)], [(1, 4)]]
 
 
 def oracle_weights(tower):
-    """Our parameter names as the oracle knows them."""
-    names = {
-        "patch_projection": "patch_embedding",
-        "row_end_embedding": "split_embedding",
-        "merge_attention": "local_attention",
-        "class_attention": "global_attention",
-        "query_norm": "q.0",
-        "query": "q.1",
-        "key_value_norm": "kv.0",
-        "key_value": "kv.1",
-        "output": "proj",
-    }
-    return {
-        ".".join(names.get(part, part) for part in name.split(".")): weight.detach().double()
-        for name, weight in tower.state_dict().items()
-    }
+    """In float64, by the names that the oracle knows."""
+    return official({name: weight.double() for name, weight in tower.state_dict().items()})
 
 
 def unpacked(pixels, rows, cols):

@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache
 
 from .configuration_eve import EveConfig
 from .modeling_eve import EveCausalLMOutput, EveForConditionalGeneration
-from .patch_embedding_eve import Float32LayerNorm, Float32Linear, PackedGrid, at_least_float32
+from .patch_embedding_eve import PackedGrid
+from .pooled_attention_eve import Float32LayerNorm, Float32Linear, at_least_float32
 from .published_eve import DROPPED
 
 

@@ -7,8 +7,8 @@ decoders that is made of linear layers and softmax attention; with others `terms
 than guesses.
 
 Counted are matrix products, two operations for a multiplication and its addition, as
-`torch.utils.flop_counter` does.  Left out are element-wise operations (norms, softmax, the pooled
-attentions' products by channel), the rotary table, the optimizer, and the frozen teacher.
+`torch.utils.flop_counter` does.  Left out are element-wise operations (norms, softmax, the class
+token's weighted sums of cells), the rotary table, the optimizer, and the frozen teacher.
 
 Easy to get wrong: padding, pairs across documents and pairs into the future are no work, although
 most kernels compute some of them.  `Work` therefore counts what has to be done, and an utilisation
@@ -220,12 +220,14 @@ def _patch_embedding(config: EveConfig, learns: bool) -> list[Term]:
     square = 2 * vision.hidden_size**2
     pixels = vision.num_channels * vision.patch_size**2
     projection = 2 * pixels * vision.hidden_size
+    by_head = 2 * vision.num_attention_heads * vision.hidden_size
     per_unit: list[tuple[Unit, int]] = [
-        ("patches", 2 * square),  # keys and values of merging
-        ("cells", 2 * square),  # its query and output
-        ("cells", 2 * square),  # keys and values of the class token
-        ("passes", square),  # the class token's query
-        ("pictures", square),  # its output
+        ("cells", 2 * square),  # merging: query, and back through the weights of keys
+        ("patches", 2 * by_head),  # scores and weighted sums
+        ("cells", 2 * square),  # through the weights of values, and output
+        ("passes", 2 * square),  # the class token's query, and back
+        ("cells", by_head),  # its scores
+        ("pictures", 2 * square),  # its values and output
     ]
     part: Part = "patch embedding"
     terms = [Term(part, unit, cost, 2 * cost * learns) for unit, cost in per_unit]

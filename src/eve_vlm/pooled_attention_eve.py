@@ -1,0 +1,172 @@
+"""Attention from a pooled vector to what it was pooled from, and layers that compute in float32.
+
+The patch embedding has two such attentions: the mean of a cell asks its patches, and the class
+token asks all cells of its picture.  Both do without keys and values, exactly.
+
+Easy to get wrong: the attention scale is hidden_size ** -0.5 of the full width, not of a head; the
+published weights were trained so (published code).
+
+Legend: `G` queries, `K` cells, `I` pictures, `C` patch embedding width, `H` heads, `m` merge size.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_eve import EveVisionConfig
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half-precision tensors as float32, others as they are (float64 for gradient checks)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 when its weights are half precision."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out)."""
+        weight = at_least_float32(self.weight)
+        bias = None if self.bias is None else at_least_float32(self.bias)
+        return F.linear(x.to(weight.dtype), weight, bias)
+
+
+class Float32LayerNorm(nn.LayerNorm):
+    """A layer norm that computes in float32 when its weights are half precision."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) to the same shape."""
+        weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
+        return F.layer_norm(x.to(weight.dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """The weight of a layer whose product is done in another shape than its own.
+
+    Raises:
+        ValueError: if something stands in the layer's place, whose part would be left out.
+    """
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise ValueError(
+            f"The patch embedding reads the weights of a layer that is now a {type(layer)}; merge "
+            "the adapter into the model, or leave model.vision_tower out of its target_modules."
+        )
+    return layer.weight
+
+
+class EvePooledAttention(nn.Module):
+    """Cross-attention from one pooled vector to the vectors that it was pooled from.
+
+    Both sides are normalised first, each by its own norm; the residual is the bare query vector.
+
+    No key and no value is ever made.  A score is q . (W_k n) = (W_k^T q) . n, and the sum of
+    weighted values is W_v (sum of a_i n_i); so the one query goes back through the keys' weights,
+    and the one sum forward through the values'.  Each takes C^2 multiplications; m^2 keys and
+    values take 2 m^2 C^2.
+    """
+
+    def __init__(self, config: EveVisionConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.scale = width**-0.5
+        self.query_norm = Float32LayerNorm(width, eps=config.layer_norm_eps)
+        self.query = Float32Linear(width, width, bias=False)
+        self.key_value_norm = Float32LayerNorm(width, eps=config.layer_norm_eps)
+        self.key_value = Float32Linear(width, 2 * width, bias=False)
+        self.output = Float32Linear(width, width)
+
+    def keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of keys and of values by head, each (H, C / H, C)."""
+        both = at_least_float32(weight_of(self.key_value))
+        return both.unflatten(0, (2, self.num_heads, -1)).unbind()
+
+    def queries(self, pooled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """(G, C) to (G, H, C): what each head multiplies normalised members with, for scores.
+
+        A single vector, (C,), is one query.
+        """
+        query = self.query(self.query_norm(pooled)) * self.scale
+        query = query.view(-1, *keys.shape[:2]).transpose(0, 1)  # (H, G, C/H)
+        return torch.bmm(query, keys).transpose(0, 1)
+
+    def results(self, sums: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of normalised members, (G, H, C), to (G, C)."""
+        mixed = torch.bmm(sums.transpose(0, 1), values.transpose(1, 2))  # (H, G, C/H)
+        return self.output(mixed.transpose(0, 1).flatten(1))
+
+
+class EveMergeAttention(EvePooledAttention):
+    """Merges the m x m patches of a cell into one token: their mean asks them."""
+
+    def forward(self, stretches: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Cells in stretches, each (some cells, m * m, C), to all cells, (K, C)."""
+        keys, values = self.keys_values()
+        merged = []
+        for patches in stretches:
+            pooled = patches.mean(1)
+            members = self.key_value_norm(patches)
+            scores = torch.bmm(self.queries(pooled, keys), members.transpose(1, 2))  # (., H, m*m)
+            sums = torch.bmm(scores.softmax(-1), members)  # (., H, C)
+            merged.append(pooled + self.results(sums, values))
+        return torch.cat(merged)
+
+
+class EveClassAttention(EvePooledAttention):
+    """The class token of each picture: one learned query over that picture's cells."""
+
+    def forward(
+        self,
+        class_embedding: torch.Tensor,
+        cells: torch.Tensor,
+        *,
+        image_of_cell: torch.Tensor,
+        first_cell: torch.Tensor,
+    ) -> torch.Tensor:
+        """One token for each picture, by a softmax over segments.
+
+        Args:
+            class_embedding: (C,).
+            cells: (K, C), picture by picture.
+            image_of_cell: (K,), the picture of each cell.
+            first_cell: (I,), where each picture's cells begin.
+
+        Returns:
+            (I, C).
+        """
+        num_images, owner = len(first_cell), image_of_cell
+        members = self.key_value_norm(cells)
+        keys, values = self.keys_values()
+        scores = F.linear(members, self.queries(class_embedding, keys)[0])  # (K, H)
+        index = owner.unsqueeze(1).expand_as(scores)
+        # The largest score of a picture only keeps exp() in range; it cancels, so it needs no
+        # gradient.
+        top = scores.new_full((num_images, scores.shape[1]), -torch.inf)
+        top = top.scatter_reduce(0, index, scores.detach(), "amax")
+        weights = (scores - top[owner]).exp()  # (K, H)
+        total = weights.new_zeros(num_images, weights.shape[1]).index_add(0, owner, weights)
+        weights = weights / total[owner]
+        # One weighted sum for each head and picture, as bags of rows: nothing of K x H x C.
+        cell = torch.arange(len(cells), device=owner.device).repeat(self.num_heads)
+        first = torch.arange(self.num_heads, device=owner.device).unsqueeze(1) * len(cells)
+        sums = F.embedding_bag(
+            cell,
+            members,
+            (first + first_cell).flatten(),
+            mode="sum",
+            per_sample_weights=weights.T.flatten(),
+        ).unflatten(0, (self.num_heads, num_images))  # (H, I, C)
+        return at_least_float32(class_embedding) + self.results(sums.transpose(0, 1), values)
+
+
+__all__ = [
+    "EveClassAttention",
+    "EveMergeAttention",
+    "EvePooledAttention",
+    "Float32LayerNorm",
+    "Float32Linear",
+    "at_least_float32",
+    "weight_of",
+]
