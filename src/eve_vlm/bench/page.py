@@ -66,11 +66,15 @@ def roof_line(data: Data) -> str:
     """The machine's rates in one sentence."""
     roof, settings = data["roof"], data["settings"]
     return (
-        f"{settings['device']}, {settings['dtype']}, {settings['threads']} threads: at most "
+        f"{settings['device']}, {settings['dtype']}, {_threads(settings['threads'])}: at most "
         f"{roof['flops_per_second'] / 1e9:,.1f} GFLOP/s in matrix products and "
         f"{roof['bytes_per_second'] / 1e9:,.1f} GB/s in memory, both measured in this run; load "
         f"{data['load'][0]:.1f} before and {data['load'][-1]:.1f} after."
     )
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def write_results(data: Data, folder: Path) -> list[Path]:
