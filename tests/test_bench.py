@@ -19,7 +19,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import tiny
 from eve_vlm import EveConfig, cli
 from eve_vlm.bench import paper
-from eve_vlm.bench.answering import _figures, decode_need, prefill_need
+from eve_vlm.bench.answering import (
+    _figures,
+    decode_need,
+    in_parts,
+    parts_needed,
+    prefill_need,
+)
 from eve_vlm.bench.encoders import NAMES, EncoderBased, image_tokens
 from eve_vlm.bench.growth import exponent
 from eve_vlm.bench.measuring import Case, Clock, Measured, Need, Spread, measure, timed
@@ -220,6 +226,22 @@ def test_tokens_are_timed_when_all_rows_run():
     assert _figures([Row(2)], 1) == {"first token": 1}
 
 
+def test_parts_of_a_prefill_are_taken_within_one_pass():
+    """Begins at 10, pictures from 12 to 15, ends at 21; the hooks are gone behind it."""
+    parts = torch.nn.ModuleDict({name: torch.nn.Identity() for name in ("a", "b")})
+
+    class Model:
+        vision_tower, multi_modal_projector = parts["a"], parts["b"]
+
+    x = torch.zeros(1)
+    clock = Told(10, 12, 15, 21)
+    found = in_parts(clock, lambda: parts["b"](parts["a"](x)), Model)
+    assert found == {"prefill": 11, "vision": 3, "decoder": 8}
+    parts["b"](parts["a"](x))  # would ask the clock, which has nothing left to say
+    needs = parts_needed(Need(100, 50), Need(30, 20))
+    assert needs == {"prefill": (100, 50), "vision": (30, 20), "decoder": (70, 30)}
+
+
 def test_exponents():
     assert exponent([(1, 5), (2, 10), (8, 40)]) == pytest.approx(1)
     assert exponent([(10, 7), (1000, 7)]) == pytest.approx(0)
@@ -418,6 +440,7 @@ def test_published_table_has_four_models_from_one_run(compared):
     assert shown == {("eve", 112), ("llava-1.5", 112), ("eve", 224), ("llava-1.6", 224)}
     for row in data["paper"]:
         published = row["published"]
+        assert min(row["measured"].values()) > 0 and len(row["measured"]) == 3
         for part in ("vision_flops", "decoder_flops"):
             assert row["formula"][part] == pytest.approx(published[part], rel=0.012)
     assert [row["products"]["positions"] for row in data["paper"]] == [576, 601, 2928, 2353]

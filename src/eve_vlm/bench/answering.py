@@ -6,7 +6,7 @@ the moment at which the last row has begun and the end, when all rows make token
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .words import MIXED, QUESTION, SQUARE, grids_of, mixed, patches_of, picture
 
 PHOTOGRAPHS = ((640, 480), (1920, 1080), (4000, 3000))
 JPEG_QUALITY = 90
+PREFILL = ("prefill", "vision", "decoder")  # the whole and its parts
 SEEING: tuple[Part, ...] = ("patch embedding", "projector")
 
 
@@ -148,6 +149,8 @@ def forward_case(engine: EveEngine, edge: int) -> Case:
     given = {name: part.to(model.device) for name, part in prompt.pictures_from(0).items()}
     ids = prompt.input_ids[None].to(model.device)
 
+    need = prefill_need(engine, [prompt], [one])
+
     @torch.inference_mode()
     def read() -> Any:
         return model(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
@@ -156,12 +159,38 @@ def forward_case(engine: EveEngine, edge: int) -> Case:
         section="prefill",
         model="eve",
         name=f"{edge} px: one square",
-        run=lambda clock: {"prefill": timed(clock, read)},
-        needs={"prefill": prefill_need(engine, [prompt], [one])},
-        tokens={"prefill": len(prompt)},
+        run=lambda clock: in_parts(clock, read, model.model),
+        needs=parts_needed(need, embedding_case(engine, edge, [one], "").needs["seconds"]),
+        tokens=dict.fromkeys(PREFILL, len(prompt)) | {"vision": prompt.image_tokens},
         facts={"longest_edge": edge, "batch": 1, "image_tokens": prompt.image_tokens},
         modules=[model],
     )
+
+
+def in_parts(clock: Clock, read: Callable[[], Any], model: Any) -> dict[str, float]:
+    """Seconds of a prefill and of its parts, within one and the same pass.
+
+    Args:
+        model: with `vision_tower` and `multi_modal_projector`, as EVE and LLaVA call them.
+    """
+    moments: list[float] = []
+    hooks = [
+        model.vision_tower.register_forward_pre_hook(lambda *_: moments.append(clock())),
+        model.multi_modal_projector.register_forward_hook(lambda *_: moments.append(clock())),
+    ]
+    try:
+        whole = timed(clock, read)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    vision = moments[-1] - moments[0]
+    return dict(zip(PREFILL, (whole, vision, whole - vision), strict=True))
+
+
+def parts_needed(whole: Need, vision: Need) -> dict[str, Need]:
+    """What a prefill and its parts cannot do without."""
+    decoder = Need(whole.flops - vision.flops, max(whole.bytes - vision.bytes, 0))
+    return dict(zip(PREFILL, (whole, vision, decoder), strict=True))
 
 
 def answer_case(
@@ -283,6 +312,7 @@ def cache_bytes(model: EveForConditionalGeneration) -> int:
 
 
 __all__ = [
+    "PREFILL",
     "WatchedReply",
     "answer_case",
     "cache_bytes",
@@ -290,6 +320,8 @@ __all__ = [
     "embedding_case",
     "embedding_cases",
     "forward_case",
+    "in_parts",
+    "parts_needed",
     "prefill_need",
     "preprocessing_cases",
     "square_cases",

@@ -26,12 +26,13 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from eve_vlm.flops import flops_of, terms_of, work_of
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 
-from .answering import cache_bytes
-from .measuring import Case, Need, timed, weight_bytes
+from .answering import PREFILL, cache_bytes, in_parts, parts_needed
+from .measuring import Case, Clock, Need, timed, weight_bytes
 from .paper import TILES, encoder_flops, projector_flops
 from .words import picture
 
 NAMES = ("llava-1.5", "llava-1.6")
+Run = Callable[[Clock], dict[str, float]]
 FEATURE_LAYER = -2  # so that one layer of the encoder is run in vain; the floor does without it
 
 
@@ -109,36 +110,37 @@ class EncoderBased:
         def process() -> Any:
             return self.pictures(images=[self.picture], return_tensors="pt")
 
-        def case(section: str, figure: str, work: Callable[[], Any], **given: Any) -> Case:
+        def case(section: str, run: Run, needs: dict[str, Need], **given: Any) -> Case:
             return Case(
                 section=section,
                 model=self.name,
                 name=f"{edge} px: one square",
-                run=lambda clock: {figure: timed(clock, work)},
+                run=run,
+                needs=needs,
                 facts={"longest_edge": edge, "image_tokens": self.image_tokens},
-                needs={figure: given["need"]},
-                tokens={figure: given["tokens"]},
-                modules=given["modules"],
+                **given,
             )
 
-        tokens = self.image_tokens
+        seen, tokens = Need(seeing, weight_bytes(parts) + pixels + made), self.image_tokens
         return [
             case(
-                *("preprocessing", "seconds", process),
-                need=Need(0, read + pixels),
-                tokens=tokens,
-                modules=(),
+                "preprocessing",
+                lambda clock: {"seconds": timed(clock, process)},
+                {"seconds": Need(0, read + pixels)},
+                tokens={"seconds": tokens},
             ),
             case(
-                *("embedding", "seconds", self.see),
-                need=Need(seeing, weight_bytes(parts) + pixels + made),
-                tokens=tokens,
+                "embedding",
+                lambda clock: {"seconds": timed(clock, self.see)},
+                {"seconds": seen},
+                tokens={"seconds": tokens},
                 modules=parts,
             ),
             case(
-                *("prefill", "prefill", self.read),
-                need=Need(seeing + decoder, moved),
-                tokens=length,
+                "prefill",
+                lambda clock: in_parts(clock, self.read, self.model.model),
+                parts_needed(Need(seeing + decoder, moved), seen),
+                tokens=dict.fromkeys(PREFILL, length) | {"vision": tokens},
                 modules=[self.model],
             ),
         ]

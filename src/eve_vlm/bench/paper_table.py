@@ -2,7 +2,8 @@
 
 Published figures and formulas are those of 7B models; measured times are those of whatever was
 measured, whose decoder may be smaller, so only their proportions compare.  Easy to get wrong: a
-decoder's time is the whole prefill without the time for pictures, measured in the same rounds.
+time for pictures is what lies between their layers' first and last moment within a prefill, not
+what they take alone, since the rest is the decoder's only within one and the same pass.
 """
 
 from collections.abc import Mapping, Sequence
@@ -112,16 +113,11 @@ def _formulas() -> list[dict[str, Any]]:
 def _measured(figures: Sequence[Mapping[str, Any]], model: str, edge: int) -> dict[str, float]:
     """Seconds of each part of a prefill, of one square through one model."""
     found = {
-        one["section"]: one["seconds"]["median"]
+        one["section"] if one["section"] == PARTS[0] else one["figure"]: one["seconds"]["median"]
         for one in figures
         if one["model"] == model and one["case"] == f"{edge} px: one square"
     }
-    if not {"preprocessing", "embedding", "prefill"} <= set(found):
-        return {}
-    decoder = found["prefill"] - found["embedding"]
-    if decoder <= 0:  # too noisy to tell them apart
-        return {}
-    return dict(zip(PARTS, (found["preprocessing"], found["embedding"], decoder), strict=True))
+    return {part: found[part] for part in PARTS} if found.keys() >= set(PARTS) else {}
 
 
 def paper_lines(rows: Sequence[Mapping[str, Any]], subject: str) -> list[list[str]]:
