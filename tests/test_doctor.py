@@ -206,7 +206,7 @@ def wrong_scale(monkeypatch):
     monkeypatch.setattr(
         pooled_attention_eve.EvePooledAttention,
         "queries",
-        lambda self, *given: right(self, *given) * self.num_heads**0.5,
+        lambda self, pooled: right(self, pooled) * self.num_heads**0.5,
     )
 
 

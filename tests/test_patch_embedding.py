@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from eve_vlm import patch_embedding_eve
+from eve_vlm import pooled_attention_eve
 from eve_vlm.pooled_attention_eve import at_least_float32
 from oracle import published_shape
 
@@ -25,7 +25,7 @@ GRIDS = [(1, 1), (1, 5), (4, 1), (3, 2), (7, 7), (2, 6)]
 @pytest.fixture(params=[1, 3, 10, 10_000])
 def stretch(request, monkeypatch):
     """Cells at once: each alone, ending within pictures and at their ends, all in one."""
-    monkeypatch.setattr(patch_embedding_eve, "CELLS_AT_ONCE", request.param)
+    monkeypatch.setattr(pooled_attention_eve, "CELLS_AT_ONCE", request.param)
     return request.param
 
 

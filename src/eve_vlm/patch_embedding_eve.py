@@ -10,7 +10,6 @@ Legend: `P` patches, `K` cells (tokens before class and row-end tokens), `N` ima
 pictures, `C` patch embedding width, `D` decoder width, `m` merge size, `p` patch size.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -33,11 +32,6 @@ from .pooled_attention_eve import (
     weight_of,
 )
 from .published_eve import DROPPED, KEY_MAPPING, hub_arguments, published_config_of
-
-# Most cells that go through the attention over patches together, so that what they need on the way
-# stays in a processor's cache and is not asked from the system anew (width 1024, one core, 1,488
-# cells: 211 ms, in one piece 245 ms; with the way back 609 ms, 670 ms).
-CELLS_AT_ONCE = 512
 
 
 def tokens_of_pictures(image_grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
@@ -244,7 +238,14 @@ class EvePatchEmbedding(EvePreTrainedModel):
         check_packed(self.config, pixel_values, image_grid_thw)
         grid = PackedGrid.from_grid_thw(image_grid_thw, self.config.merge_size)
         with torch.autocast(pixel_values.device.type, enabled=False):
-            cells = self.merge_attention(self._stretches(pixel_values))  # (K, C)
+            # Stride equals kernel, so the convolution is one matrix product over the packed patches
+            # (and a third as far from the float64 value as torch's convolution: 1.3e-6 against
+            # 3.9e-6).
+            weight = at_least_float32(weight_of(self.patch_projection)).flatten(1)  # (C, 3*p*p)
+            patches = F.linear(pixel_values.to(weight.dtype), weight)  # (P, C)
+            cells = self.merge_attention(
+                patches.unflatten(0, (-1, self.config.merge_size**2))
+            )  # (K, C)
             class_tokens = self.class_attention(
                 self.class_embedding,
                 cells,
@@ -254,19 +255,6 @@ class EvePatchEmbedding(EvePreTrainedModel):
             tokens = at_least_float32(self.row_end_embedding).expand(grid.num_tokens, -1)  # (N, C)
             tokens = tokens.index_copy(0, grid.cell_position, cells)
             return tokens.index_copy_(0, grid.class_position, class_tokens)
-
-    def _stretches(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Packed patches through the patch projection, in equal stretches of cells: (., m * m, C).
-
-        Stride equals kernel, so the convolution is one matrix product over the packed patches (and
-        a third as far from the float64 value as torch's convolution: 1.3e-6 against 3.9e-6).
-        """
-        weight = at_least_float32(weight_of(self.patch_projection)).flatten(1)  # (C, 3*p*p)
-        members = self.config.merge_size**2
-        cells = pixel_values.shape[0] // members
-        count = max(1, -(-cells // CELLS_AT_ONCE))
-        for pixels in pixel_values.split(members * max(1, -(-cells // count))):
-            yield F.linear(pixels.to(weight.dtype), weight).unflatten(0, (-1, members))
 
 
 def check_packed(

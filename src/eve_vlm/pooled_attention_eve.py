@@ -9,13 +9,16 @@ published weights were trained so (published code).
 Legend: `G` queries, `K` cells, `I` pictures, `C` patch embedding width, `H` heads, `m` merge size.
 """
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .configuration_eve import EveVisionConfig
+
+# Most cells that go through the attention over patches together, so that what they need on the way
+# stays in a processor's cache and is not asked from the system anew (width 1024, one core, 1,488
+# cells: 204 ms, in one piece 241 ms; with the way back 622 ms, 646 ms).
+CELLS_AT_ONCE = 512
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -83,35 +86,34 @@ class EvePooledAttention(nn.Module):
         both = at_least_float32(weight_of(self.key_value))
         return both.unflatten(0, (2, self.num_heads, -1)).unbind()
 
-    def queries(self, pooled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """(G, C) to (G, H, C): what each head multiplies normalised members with, for scores.
-
-        A single vector, (C,), is one query.
-        """
+    def queries(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(..., C) to scaled queries by head, (G, H, C / H)."""
         query = self.query(self.query_norm(pooled)) * self.scale
-        query = query.view(-1, *keys.shape[:2]).transpose(0, 1)  # (H, G, C/H)
-        return torch.bmm(query, keys).transpose(0, 1)
-
-    def results(self, sums: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Weighted sums of normalised members, (G, H, C), to (G, C)."""
-        mixed = torch.bmm(sums.transpose(0, 1), values.transpose(1, 2))  # (H, G, C/H)
-        return self.output(mixed.transpose(0, 1).flatten(1))
+        return query.view(-1, self.num_heads, query.shape[-1] // self.num_heads)
 
 
 class EveMergeAttention(EvePooledAttention):
     """Merges the m x m patches of a cell into one token: their mean asks them."""
 
-    def forward(self, stretches: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Cells in stretches, each (some cells, m * m, C), to all cells, (K, C)."""
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(K, m * m, C) to (K, C)."""
+        pooled = patches.mean(1)  # (K, C)
+        queries, members = self.queries(pooled), self.key_value_norm(patches)
         keys, values = self.keys_values()
-        merged = []
-        for patches in stretches:
-            pooled = patches.mean(1)
-            members = self.key_value_norm(patches)
-            scores = torch.bmm(self.queries(pooled, keys), members.transpose(1, 2))  # (., H, m*m)
-            sums = torch.bmm(scores.softmax(-1), members)  # (., H, C)
-            merged.append(pooled + self.results(sums, values))
-        return torch.cat(merged)
+        # Nothing in the loop is a module: ZeRO-3 gathers weights at each call of one, and processes
+        # with unequal numbers of calls would wait for each other for ever.
+        count, mixed = max(1, -(-len(patches) // CELLS_AT_ONCE)), []
+        for some, of in zip(queries.tensor_split(count), members.tensor_split(count), strict=True):
+            asking = through_heads(some, keys)  # (., H, C)
+            weights = torch.bmm(asking, of.transpose(1, 2)).softmax(-1)  # (., H, m*m)
+            sums = torch.bmm(weights, of)  # (., H, C)
+            mixed.append(through_heads(sums, values.transpose(1, 2)).flatten(1))
+        return pooled + self.output(torch.cat(mixed))
+
+
+def through_heads(vectors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(G, H, given) times each head's (H, given, wanted): (G, H, wanted)."""
+    return torch.bmm(vectors.transpose(0, 1), weights).transpose(0, 1)
 
 
 class EveClassAttention(EvePooledAttention):
@@ -139,7 +141,8 @@ class EveClassAttention(EvePooledAttention):
         num_images, owner = len(first_cell), image_of_cell
         members = self.key_value_norm(cells)
         keys, values = self.keys_values()
-        scores = F.linear(members, self.queries(class_embedding, keys)[0])  # (K, H)
+        asking = through_heads(self.queries(class_embedding), keys)[0]  # (H, C)
+        scores = F.linear(members, asking)  # (K, H)
         index = owner.unsqueeze(1).expand_as(scores)
         # The largest score of a picture only keeps exp() in range; it cancels, so it needs no
         # gradient.
@@ -158,7 +161,8 @@ class EveClassAttention(EvePooledAttention):
             mode="sum",
             per_sample_weights=weights.T.flatten(),
         ).unflatten(0, (self.num_heads, num_images))  # (H, I, C)
-        return at_least_float32(class_embedding) + self.results(sums.transpose(0, 1), values)
+        mixed = through_heads(sums.transpose(0, 1), values.transpose(1, 2)).flatten(1)
+        return at_least_float32(class_embedding) + self.output(mixed)
 
 
 __all__ = [
