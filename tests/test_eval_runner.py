@@ -582,7 +582,9 @@ def test_all_of_it_stands_in_one_folder(single):
     assert kinds == {"tiny": "model", "tiny--blind": "blind", "majority": "majority"}
     one = read_results(single / "tiny")
     assert (
-        one["versions"]["torch"] and one["model"]["weights_sha256"] and one["decoding"]["temperature"] == 0
+        one["versions"]["torch"]
+        and one["model"]["weights_sha256"]
+        and one["decoding"]["temperature"] == 0
     )
     assert (single / "report.html").is_file()
 
