@@ -85,7 +85,6 @@ def line_plot(
         log: values over decades.
         share: values from 0 to 1, in per cent.
     """
-    from matplotlib import rc_context
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure = figure_of((5.4, 3.0), extra="train")
@@ -112,8 +111,17 @@ def line_plot(
         figure.legend(frameon=False, fontsize="small", loc="outside right upper")
     elif len(lines) > 1:
         axes.legend(frameon=False, fontsize="small")
+    return svg_of(figure, name)
+
+
+def svg_of(figure: Any, name: str) -> str:
+    """A figure as SVG for a page; `name` is once on it.
+
+    Letters stay letters, and names inside are made from `name` alone.
+    """
+    from matplotlib import rc_context
+
     buffer = io.StringIO()
-    # Letters stay letters, and names inside are made from the salt alone.
     with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
@@ -129,4 +137,5 @@ __all__ = [
     "picture_uri",
     "png_uri",
     "render",
+    "svg_of",
 ]

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from eve_vlm.output_folder import written_whole
+
 
 def append_lines(file: Path, entries: list[dict[str, Any]]) -> None:
     """Adds lines of JSON in one write, so that a stop leaves whole lines or at most a last half."""
@@ -28,4 +30,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-__all__ = ["append_lines", "read_lines"]
+def write_lines(file: Path, entries: list[dict[str, Any]]) -> None:
+    """Puts these lines in the place of the file, whole or not at all."""
+    with written_whole(file) as part:
+        part.touch()
+        append_lines(part, entries)
+
+
+__all__ = ["append_lines", "read_lines", "write_lines"]

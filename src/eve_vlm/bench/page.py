@@ -5,13 +5,12 @@ wrong: a roof is drawn over operations per byte, so work without matrix products
 no place below it and is left out there.
 """
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eve_vlm.html_report import figure_of, render
+from eve_vlm.html_report import figure_of, render, svg_of
 from eve_vlm.memory.machine import human_bytes
 from eve_vlm.output_folder import written_whole
 
@@ -182,17 +181,12 @@ def _growth_plot(growth: Data, place: int) -> str:
 def _drawn(name: str, size: tuple[float, float], draw: Callable[[Any], None]) -> str:
     """A drawing as SVG for a page."""
     figure = figure_of(size, extra="train")
-    from matplotlib import rc_context
 
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     draw(axes)
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return svg_of(figure, name)
 
 
 def _time(seconds: float) -> str:

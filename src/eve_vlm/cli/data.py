@@ -6,6 +6,7 @@ indexed whole, before split and cap, so that another split costs nothing.
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -127,12 +128,12 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def in_columns(table: list[tuple[str, ...]]) -> str:
-    """Rows as text: the first column on the left, numbers on the right."""
+def in_columns(table: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Rows as text: the first `left` columns on the left, numbers on the right."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = [
         "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
+            cell.ljust(width) if number < left else cell.rjust(width)
             for number, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in table

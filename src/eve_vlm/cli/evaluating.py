@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from .answering import Attention, AttentionKind, Device, NumberType, Quantize, public_name
+from .data import in_columns
 from .options import Dtype, FewerBits
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def run(
     from eve_vlm.eval.programme import run_evaluation
     from eve_vlm.eval.registry import TaskOptions
     from eve_vlm.eval.runner import RunSettings
-    from eve_vlm.eval.tables import in_columns, notes, score_table
+    from eve_vlm.eval.tables import notes, score_table
     from eve_vlm.quickstart import last_quickstart_model
 
     results = run_evaluation(
@@ -130,7 +131,7 @@ def run(
         majority=majority,
     )
     if results:  # in the first process
-        typer.echo(in_columns(score_table(results)))
+        typer.echo(in_columns(score_table(results), left=2))
         for note in notes(results):
             typer.echo(note)
         typer.echo(f"{output / PAGE} shows all of it; open it in a browser.")
@@ -177,13 +178,12 @@ def compare(
 def tasks() -> None:
     """List all tasks, what is asked, the score that stands for each, and the sets."""
     from eve_vlm.eval.registry import SETS, TASKS, build_task
-    from eve_vlm.eval.tables import in_columns
 
     table = [["task", "score", "judge", "what"]]
     for name in TASKS:
         task = build_task(name)
         table.append([name, task.metric, "yes" if task.needs_judge else "", task.title])
-    typer.echo(in_columns(table))
+    typer.echo(in_columns(table, left=2))
     for name, members in SETS.items():
         typer.echo(f"{name}: {', '.join(members)}")
 
@@ -248,7 +248,6 @@ def _pairs(given: list[str]) -> dict[str, str]:
 
 
 def _comparison_table(compared: "list[TaskComparison]") -> str:
-    from eve_vlm.eval.tables import in_columns
 
     table = [["task", "score", "samples", "first", "second", "difference", "p", "better", "worse"]]
     for one in compared:
@@ -267,7 +266,7 @@ def _comparison_table(compared: "list[TaskComparison]") -> str:
                 str(len(one.changed) - better),
             ]
         )
-    return in_columns(table)
+    return in_columns(table, left=2)
 
 
 def _short(text: str) -> str:

@@ -28,7 +28,7 @@ from transformers import (
 
 from eve_vlm.checkpoint_files import list_weights
 from eve_vlm.errors import check_loaded, first_line
-from eve_vlm.serve.engine import WORTH_A_BAR, EveEngine
+from eve_vlm.serve.engine import WORTH_A_BAR, EveEngine, end_ids
 from eve_vlm.serve.messages import Messages
 from eve_vlm.serve.reply import Answer, Reply
 from eve_vlm.serve.sampling import ChooseTokens, Sampling
@@ -177,10 +177,7 @@ class TransformersEngine:
 
     def ends(self) -> list[int]:
         """Every id that ends an answer: the model's (often several) and the tokenizer's."""
-        ends = self.model.generation_config.eos_token_id
-        given = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        own = self.tokenizer.eos_token_id
-        return list(dict.fromkeys([*given, *([] if own is None else [own])]))
+        return end_ids(self.model, self.tokenizer)
 
     # --- one batch ---
 

@@ -5,13 +5,12 @@ to get wrong: bars of one task belong beside each other, and a score in points (
 axis than one in percent, so every task has a drawing of its own.
 """
 
-import io
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from eve_vlm.html_report import can_draw, figure_of, picture_uri, render
+from eve_vlm.html_report import can_draw, figure_of, picture_uri, render, svg_of
 from eve_vlm.output_folder import written_whole
 
 from .results import read_rows
@@ -48,8 +47,6 @@ def write_page(output: Path) -> Path:
 
 def _plot(results: list[dict[str, Any]], tasks: list[str]) -> str:
     """For each task the headline score of every model with its interval, and published scores."""
-    from matplotlib import rc_context
-
     columns = 3
     rows = -(-len(tasks) // columns)
     figure = figure_of((11, (0.9 + 0.3 * len(results)) * rows), extra="train")
@@ -71,11 +68,7 @@ def _plot(results: list[dict[str, Any]], tasks: list[str]) -> str:
         axes.set_title(f"{task}: {first['metric']}", fontsize="medium")
         axes.set_xlim(left=0)
         axes.tick_params(labelsize="small")
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": "scores", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return svg_of(figure, "scores")
 
 
 def _task(output: Path, results: list[dict[str, Any]], name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eve_vlm.json_lines import append_lines, read_lines
+from eve_vlm.json_lines import append_lines, read_lines, write_lines
 from eve_vlm.output_folder import written_whole
 
 from .task import Row
@@ -47,10 +47,7 @@ class RowFiles:
     def begin(self) -> None:
         """Takes out the half line that a crash may have left in this process's part."""
         if self._part.is_file():
-            lines = read_lines(self._part)
-            with written_whole(self._part) as part:
-                part.touch()
-                append_lines(part, lines)
+            write_lines(self._part, read_lines(self._part))
 
     def add(self, rows: Iterable[Row], *, seconds: float) -> None:
         """Adds answered rows, which took so long together."""
@@ -63,10 +60,7 @@ class RowFiles:
         found: dict[str, dict[str, Any]] = {}
         for file in (self.whole, *self._sorted_parts()):
             found |= {line["id"]: line for line in read_lines(file)}
-        lines = [found[name] for name in order]
-        with written_whole(self.whole) as part:
-            part.touch()
-            append_lines(part, lines)
+        write_lines(self.whole, [found[name] for name in order])
         for file in self._sorted_parts():
             file.unlink()
         return [row for row, _ in _rows_of(self.whole)]

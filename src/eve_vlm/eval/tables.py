@@ -88,19 +88,6 @@ def notes(results: Results) -> list[str]:
     return [*said, *published]
 
 
-def in_columns(table: Sequence[Sequence[str]]) -> str:
-    """Rows as text, numbers on the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-    return "\n".join(lines)
-
-
 def _finished(results: Results) -> list[tuple[str, dict[str, Any]]]:
     return [item for one in results for item in one["tasks"].items() if "samples" in item[1]]
 
@@ -126,4 +113,4 @@ def _beside(published: float | None, ours: dict[str, Any] | None) -> str:
     return f"{published:g}" if ours is None else f"{published:g} ({ours['value'] - published:+.1f})"
 
 
-__all__ = ["all_results", "finished_entry", "headline", "in_columns", "notes", "score_table"]
+__all__ = ["all_results", "finished_entry", "headline", "notes", "score_table"]

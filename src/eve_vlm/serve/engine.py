@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from eve_vlm.image_processing_eve import num_image_tokens
 from eve_vlm.loading import load
@@ -287,10 +288,7 @@ class EveEngine:
 
     def ends(self) -> list[int]:
         """Every id that ends an answer: the decoder's (often several) and the tokenizer's."""
-        ends = self.model.generation_config.eos_token_id
-        given = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        own = self.tokenizer.eos_token_id
-        return list(dict.fromkeys([*given, *([] if own is None else [own])]))
+        return end_ids(self.model, self.tokenizer)
 
     def never(self) -> list[int]:
         """Ids that no answer holds: the image placeholder, and what the decoder leaves out.
@@ -341,6 +339,14 @@ class EveEngine:
         return "shorten the question or give fewer pictures"
 
 
+def end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Every id that ends an answer: the model's (often several) and the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    given = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    own = tokenizer.eos_token_id
+    return list(dict.fromkeys([*given, *([] if own is None else [own])]))
+
+
 def _nth(sampling: Sampling, index: int) -> Sampling:
     """The settings of one of several answers: another seed each."""
     if sampling.seed is None or index == 0:
@@ -361,6 +367,7 @@ __all__ = [
     "Sampling",
     "TokenLogprob",
     "TooLongError",
+    "end_ids",
     "picture_parts",
     "user_message",
 ]

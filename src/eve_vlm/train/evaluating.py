@@ -18,10 +18,9 @@ from eve_vlm.eval.answerers import Subject
 from eve_vlm.eval.registry import build_task, task_names
 from eve_vlm.eval.runner import RunSettings, evaluate
 from eve_vlm.eval.tables import headline
-from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.processing_eve import EveProcessor
 from eve_vlm.serve.engine import EveEngine
-from eve_vlm.train.sample_answers import undisturbed
+from eve_vlm.train.sample_answers import model_inside, undisturbed
 from eve_vlm.train.sections import EvaluationSection
 
 logger = logging.getLogger(__name__)
@@ -96,14 +95,13 @@ class Evaluation(TrainerCallback):
             or not (last or state.global_step % self.section.every == 0)
         ):
             return
-        inner = next(
-            module for module in model.modules() if isinstance(module, EveForConditionalGeneration)
-        )
         settings = RunSettings(limit=self.section.limit, batch_size=self.section.batch_size)
         with undisturbed(model):
             subject = Subject(
                 name=f"step {state.global_step}",
-                answerer=EveEngine(inner, self.processor, batch_size=self.section.batch_size),
+                answerer=EveEngine(
+                    model_inside(model), self.processor, batch_size=self.section.batch_size
+                ),
             )
             place = self.folder / f"step-{state.global_step}"
             results = evaluate(subject, self.tasks, place, settings)

@@ -12,8 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from eve_vlm.json_lines import append_lines, read_lines
-from eve_vlm.output_folder import written_whole
+from eve_vlm.json_lines import append_lines, read_lines, write_lines
 
 LOG_FILE = "log.jsonl"
 
@@ -56,9 +55,7 @@ def cut_lines(file: Path, *, behind: int) -> None:
     """Takes out lines of steps behind one, and a last line that is not whole."""
     if file.is_file():
         kept = [entry for entry in read_lines(file) if entry["step"] <= behind]
-        with written_whole(file) as part:
-            part.touch()
-            append_lines(part, kept)
+        write_lines(file, kept)
 
 
 __all__ = ["LOG_FILE", "RunLog", "cut_lines"]

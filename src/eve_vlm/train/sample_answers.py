@@ -161,9 +161,7 @@ class SampleAnswers(TrainerCallback):
 
     def _ask(self, model: nn.Module) -> list[str]:
         """Greedy answers of the model inside whatever wraps it (DDP, adapters)."""
-        inner = next(
-            module for module in model.modules() if isinstance(module, EveForConditionalGeneration)
-        )
+        inner = model_inside(model)
         with undisturbed(model):
             chat = [n for n, one in enumerate(self.questions) if one.format == "chat"]
             engine = EveEngine(inner, self.processor)
@@ -277,6 +275,13 @@ def caption(engine: EveEngine, messages: Messages, *, max_new_tokens: int) -> st
     return text.split("\n")[0].strip()
 
 
+def model_inside(model: nn.Module) -> EveForConditionalGeneration:
+    """The model inside whatever wraps it (DDP, adapters)."""
+    return next(
+        module for module in model.modules() if isinstance(module, EveForConditionalGeneration)
+    )
+
+
 @contextmanager
 def undisturbed(model: nn.Module | None = None) -> Iterator[None]:
     """Puts the modes of all modules and all random states back at the end."""
@@ -330,6 +335,7 @@ __all__ = [
     "as_table",
     "caption",
     "held_out",
+    "model_inside",
     "plain_processor",
     "undisturbed",
 ]

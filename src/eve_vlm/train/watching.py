@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 from eve_vlm.data.sources import Mixture
 from eve_vlm.data.sources.streams import StreamMixture
 from eve_vlm.flops import Term, terms_of
-from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.peaks import peak_of
 from eve_vlm.processing_eve import EveProcessor
 from eve_vlm.train.build import build_records
@@ -25,7 +24,7 @@ from eve_vlm.train.meter import Meter
 from eve_vlm.train.progress import StageProgress
 from eve_vlm.train.run_log import RunLog
 from eve_vlm.train.run_report import RunReport
-from eve_vlm.train.sample_answers import Records, SampleAnswers, held_out
+from eve_vlm.train.sample_answers import Records, SampleAnswers, held_out, model_inside
 from eve_vlm.train.sections import Recipe
 from eve_vlm.train.trainer import EveTrainer
 from eve_vlm.versions import write_versions
@@ -106,11 +105,7 @@ def _counted(records: Mixture | StreamMixture, recipe: Recipe) -> Records:
 
 def meter_of(trainer: EveTrainer, processor: EveProcessor) -> Meter:
     """A meter of one process; without a share of the peak where it cannot be known."""
-    model = next(
-        module
-        for module in trainer.model.modules()
-        if isinstance(module, EveForConditionalGeneration)
-    )
+    model = model_inside(trainer.model)
     terms: list[Term] = []
     try:
         terms = terms_of(model)
