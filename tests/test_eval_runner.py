@@ -590,4 +590,4 @@ def test_all_of_it_stands_in_one_folder(single):
 
 
 def test_files_of_rows_begin_empty(tmp_path):
-    assert RowFiles(tmp_path, "numbers", rank=0).known() == ({}, 0.0)
+    assert RowFiles(tmp_path, "numbers", rank=0).known() == {}

@@ -51,11 +51,14 @@ def compare_results(first: Path, second: Path) -> tuple[list[TaskComparison], li
     compared, why = [], []
     for name in dict.fromkeys([*one["tasks"], *two["tasks"]]):
         reason = _reason(name, one["tasks"].get(name), two["tasks"].get(name), (first, second))
-        if reason:
-            why.append(reason)
-        else:
+        if not reason:
             rows = read_rows(_folder(first), name), read_rows(_folder(second), name)
-            compared.append(_compare(build_task(name), *rows))
+            if [row.id for row in rows[0]] == [row.id for row in rows[1]]:
+                compared.append(_compare(build_task(name), *rows))
+                continue
+            counts = f"{len(rows[0])} and {len(rows[1])}"
+            reason = f"{name} has {counts} samples that are not the same."
+        why.append(reason)
     if not compared:
         raise ValueError(f"Nothing can be compared: {' '.join(why) or 'no task was run.'}")
     return compared, why
@@ -94,7 +97,7 @@ def points_of(task: Task, row: Row) -> float:
 def _reason(
     name: str, one: dict[str, Any] | None, two: dict[str, Any] | None, places: tuple[Path, Path]
 ) -> str:
-    """Why a task cannot be compared; empty if it can."""
+    """Why a task cannot be compared, as far as the two results say; empty if it can."""
     for entry, place in zip((one, two), places, strict=True):
         if entry is None:
             return f"{place} has no {name}."
@@ -105,9 +108,6 @@ def _reason(
     assert one is not None and two is not None
     if one["identity"] != two["identity"]:
         return f"{name} was asked in two ways ({one['identity']} and {two['identity']})."
-    ids = [[row.id for row in read_rows(_folder(place), name)] for place in places]
-    if ids[0] != ids[1]:
-        return f"{name} has {len(ids[0])} and {len(ids[1])} samples that are not the same."
     if build_task(name).version != one["identity"]["version"]:
         return f"{name} has another version now than both results; evaluate again."
     return ""

@@ -34,15 +34,10 @@ class RowFiles:
         self._part = folder / f"{task}.part-{rank}.jsonl"
         self._parts = f"{task}.part-*.jsonl"
 
-    def known(self) -> tuple[dict[str, Row], float]:
-        """Rows by id of all processes and runs, and the seconds that they took."""
+    def known(self) -> dict[str, Row]:
+        """Rows by id of all processes and runs."""
         files = [file for file in (self.whole, *self._sorted_parts()) if file.is_file()]
-        rows, seconds = {}, 0.0
-        for file in files:
-            for row, took in _rows_of(file):
-                rows[row.id] = row
-                seconds += took
-        return rows, seconds
+        return {row.id: row for file in files for row, _ in _rows_of(file)}
 
     def begin(self) -> None:
         """Takes out the half line that a crash may have left in this process's part."""
@@ -55,15 +50,20 @@ class RowFiles:
         share = round(seconds / max(len(rows), 1), 6)
         append_lines(self._part, [asdict(row) | {"seconds": share} for row in rows])
 
-    def finish(self, order: Sequence[str]) -> list[Row]:
-        """Puts all rows into one file in the order of the samples; from the first process only."""
+    def finish(self, order: Sequence[str]) -> tuple[list[Row], float]:
+        """Puts all rows into one file in the order of the samples; from the first process only.
+
+        Returns:
+            The rows, and the seconds that they took.
+        """
         found: dict[str, dict[str, Any]] = {}
         for file in (self.whole, *self._sorted_parts()):
             found |= {line["id"]: line for line in read_lines(file)}
         write_lines(self.whole, [found[name] for name in order])
         for file in self._sorted_parts():
             file.unlink()
-        return [row for row, _ in _rows_of(self.whole)]
+        pairs = _rows_of(self.whole)
+        return [row for row, _ in pairs], sum(seconds for _, seconds in pairs)
 
     def _sorted_parts(self) -> list[Path]:
         return sorted(self.whole.parent.glob(self._parts))

@@ -80,8 +80,7 @@ def evaluate(
         _answer_open(task, samples, subject, files, settings, state)
         state.wait_for_everyone()
         if state.is_main_process:
-            seconds = files.known()[1]
-            rows = files.finish([sample.id for sample in samples])
+            rows, seconds = files.finish([sample.id for sample in samples])
             data["tasks"][task.name] |= summary(task, rows, resamples=settings.resamples) | {
                 "seconds": round(seconds, 3),
                 "published": published(task.name),
@@ -218,7 +217,7 @@ def _answer_open(
     """Answers this process's part of the samples that have no row yet."""
     files.begin()
     state.wait_for_everyone()
-    known, _ = files.known()
+    known = files.known()
     state.wait_for_everyone()  # nobody adds while another still reads
     if surplus := known.keys() - {sample.id for sample in samples}:
         raise ValueError(
