@@ -60,17 +60,18 @@ def index(
 
     from eve_vlm.data.indexing import files_of, index_sources
     from eve_vlm.data.sources import source_of
+    from eve_vlm.data.sources.made import MADE
 
     sections, seed = read_sections(files, kind=kind, image_folder=image_folder)
     sources = [
         source_of(section, seed=seed)
         for section in sections
-        if section.kind != "scenes" and not section.streaming
+        if section.kind not in MADE and not section.streaming
     ]
     if not sources:
         raise ValueError(
-            "There is nothing to index: scenes are drawn, and streams are read in order; name "
-            "data files."
+            "There is nothing to index: pictures that are made here are drawn, and streams are "
+            "read in order; name data files."
         )
     total = sum(len(file) for source in sources for file in files_of(source))
     with tqdm(total=total, desc="indexing", unit=" records", unit_scale=True) as bar:

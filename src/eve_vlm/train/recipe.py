@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from eve_vlm.data.sources.made import MADE
 from eve_vlm.train.devices import strategy_arguments
 from eve_vlm.train.sections import Recipe, SourceSection, StageSection
 from eve_vlm.train.strict_yaml import Origin, apply_overrides, build, nearest, read_mapping, typed
@@ -229,7 +230,7 @@ def _check_sources(sources: list[SourceSection], origin: Origin) -> None:
             origin.fail((*key, "weight"), problem)
         if source.weight is not None and source.repeat != 1:
             origin.fail((*key, "repeat"), "stands beside weight; keep one of the two")
-        if source.kind != "scenes" and source.path is None:
+        if source.kind not in MADE and source.path is None:
             origin.fail(
                 (*key, "path"), f"is missing; kind {source.kind} needs a file or a data set"
             )

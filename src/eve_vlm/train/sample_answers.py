@@ -28,6 +28,7 @@ from transformers import DynamicCache, TrainerCallback, TrainingArguments
 
 from eve_vlm.data.picture_ref import open_image
 from eve_vlm.data.records import Record, parts_of, text_of
+from eve_vlm.data.sources.made import MADE
 from eve_vlm.image_processing_eve import to_rgb
 from eve_vlm.json_lines import append_lines
 from eve_vlm.modeling_eve import EveForConditionalGeneration
@@ -308,7 +309,7 @@ def held_out(sources: Sequence[SourceSection]) -> list[SourceSection]:
     """
     left = []
     for source in sources:
-        if source.kind == "scenes" and source.options.get("split", "train") == "train":
+        if source.kind in MADE and source.options.get("split", "train") == "train":
             left.append(replace(source, options={**source.options, "split": "held_out"}))
         elif found := SLICE.fullmatch(source.split or ""):
             name, first, last = found["name"], found["first"], found["last"]

@@ -76,9 +76,21 @@ class ModelSection:
 class SourceSection:
     """One row of the mixture table: records of one data set, and how often they are used."""
 
-    kind: Literal["llava", "messages", "captions", "text", "scenes"]
+    kind: Literal[
+        "llava",
+        "messages",
+        "captions",
+        "text",
+        "scenes",
+        "emoji",
+        "collages",
+        "rendered",
+        "picture_set",
+    ]
     """Form of the records: `llava` (conversations of from and value), `messages` (role and
-    content), `captions` (a picture and its text), `text` (words alone); `scenes` are composed."""
+    content), `captions` (a picture and its text), `text` (words alone). The others are made here
+    and have no path: composed `scenes`, `emoji` in four styles, `collages` of them, `rendered`
+    words, documents and charts, and the fetched sets of pictures (`picture_set`)."""
     name: str | None = None
     """Name in logs and losses; null takes the file's."""
     path: str | None = None
@@ -97,7 +109,7 @@ class SourceSection:
     streaming: bool = False
     """Read in the order of the files, without counting them first; needs training.max_steps."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Further settings of `scenes`."""
+    """Further settings of the kinds that are made here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

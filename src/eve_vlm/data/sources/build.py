@@ -11,13 +11,13 @@ from typing import Any, Protocol
 from eve_vlm.data.picture_folder import PictureFolder
 from eve_vlm.data.sources.forms import FIELDS, Form
 from eve_vlm.data.sources.hub import PREFIX, HubTable
+from eve_vlm.data.sources.made import MADE, made_source
 from eve_vlm.data.sources.mixture import Mixture
 from eve_vlm.data.sources.paths import drawn, expand, read_place, read_split, slice_of
 from eve_vlm.data.sources.quarantine import read_quarantine
 from eve_vlm.data.sources.source import (
     FileSource,
     JoinedSource,
-    NamedSource,
     PartSource,
     Source,
     folder_of,
@@ -105,10 +105,12 @@ def build_source(
     """
     place, part = read_place(path or ""), read_split(split)
     source: Source
-    if kind == "scenes":
-        source = _scenes(dict(options or {}), seed=seed, name=name or "scenes")
+    if kind in MADE:
+        source = made_source(kind, options or {}, seed=seed, name=name or kind)
         if part.name:
-            raise ValueError("Scenes take the name of their split in options; write [:95%] here.")
+            raise ValueError(
+                f"The kind {kind!r} takes the name of its split in options; write [:95%] here."
+            )
     else:
         source = _files(kind, place.path, image_folder, options, name, part.name, columns)
     numbers = slice_of(part, len(source))
@@ -128,7 +130,9 @@ def _files(
 ) -> Source:
     """All records of a path."""
     if kind not in FIELDS:
-        raise ValueError(f"data.sources.kind is {kind!r}; use one of {', '.join(FIELDS)}, scenes.")
+        raise ValueError(
+            f"data.sources.kind is {kind!r}; use one of {', '.join([*FIELDS, *MADE])}."
+        )
     if options:
         raise ValueError(
             f"data.sources.options has {sorted(options)}, but the kind {kind!r} takes none; "
@@ -166,14 +170,6 @@ def name_of(path: str) -> str:
     """What a data set is called by default: its file without folders and ending."""
     name = path.rstrip("/").rpartition("/")[2]
     return name[: len(name) - len(ending_of(name))] or name
-
-
-def _scenes(options: dict[str, Any], *, seed: int, name: str) -> Source:
-    # Imported here: pictograms are an extra.
-    from eve_vlm.data.scene_source import SceneSource
-
-    settings = ["scenes", options, seed]
-    return NamedSource(SceneSource.from_options(options, seed=seed), name=name, settings=settings)
 
 
 __all__ = ["SourceSettings", "build_mixture", "build_source", "name_of", "source_of"]
