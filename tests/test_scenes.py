@@ -17,7 +17,14 @@ import pytest
 from PIL import Image
 
 from eve_vlm.data import pictograms as pictograms_module
-from eve_vlm.data.phrases import FAMILIES, QUESTION_FAMILIES, SEEN_WORDS, UNSEEN_WORDS, vocabulary
+from eve_vlm.data.phrases import (
+    FAMILIES,
+    QUESTION_FAMILIES,
+    SEEN_WORDS,
+    UNSEEN_WORDS,
+    plural,
+    vocabulary,
+)
 from eve_vlm.data.pictograms import SEEN, UNSEEN, Pictograms, load_pictograms
 from eve_vlm.data.scenes import SceneDataset, SceneSettings, majority_answers
 
@@ -435,6 +442,16 @@ def test_families_come_by_weight(pictograms):
         ({"num_concepts": 41}, "num_concepts 41 must lie between 10 and 40"),
         ({"max_objects": 5}, r"no grid of \(\(2, 2\),\) holds 5 objects"),
         ({"max_count": 5}, "max_count 5"),
+        ({"distractor_kinds": -1}, "distractor_kinds -1"),
+        (
+            {
+                "distractor_kinds": 2,
+                "max_objects": 8,
+                "grids": ((4, 4),),
+                "canvases": ((224, 224),),
+            },
+            "max_objects 8 at most 7",
+        ),
         ({"grids": ((3, 3),)}, "family 'position'"),
         ({"canvases": ((28, 112),)}, "only 14 pixels"),
         ({"num_phrasings": 3}, "num_phrasings 3"),
@@ -443,6 +460,43 @@ def test_families_come_by_weight(pictograms):
 def test_impossible_settings_are_refused(pictograms, change, message):
     with pytest.raises(ValueError, match=message):
         dataset(pictograms, **change)
+
+
+def test_counts_among_kinds_are_not_told_by_what_comes_more_than_once(pictograms):
+    """Counted here: even answers, totals apart from them, and others that come in numbers too."""
+    found = scenes(
+        pictograms,
+        "train",
+        families={"count": 1},
+        size=1200,
+        grids=((3, 3),),
+        canvases=((168, 168),),
+        min_objects=6,
+        max_objects=7,
+        max_count=6,
+        distractor_kinds=3,
+    )
+    words = ("one", "two", "three", "four", "five", "six")
+    answers, totals, repeated = Counter(), Counter(), Counter()
+    for scene in found:
+        names = [placement.concept for placement in scene.placements]
+        subject = next(
+            name for name in names if scene.turns[0].question == f"How many {plural(name)}?"
+        )
+        number = names.count(subject)
+        assert scene.turns[0].answer == words[number - 1]
+        answers[number] += 1
+        totals[number, len(names)] += 1
+        others = Counter(name for name in names if name != subject)
+        assert len(others) <= 3
+        if number == 1:
+            repeated[max(others.values()) > 1] += 1
+    assert set(answers) == set(range(1, 7))
+    assert all(abs(answers[number] - 200) <= 4 for number in answers)  # an even sequence
+    # Six or seven things, each half of the scenes of every answer; 200 draws, 4 deviations.
+    assert all(abs(totals[number, 6] - 100) <= 28 for number in answers)
+    # Five or six things of at most three kinds: one of them always comes twice.
+    assert repeated[True] == answers[1]
 
 
 def test_index_outside_is_an_index_error(pictograms):

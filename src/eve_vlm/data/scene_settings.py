@@ -41,6 +41,12 @@ class SceneSettings:
     """Most objects of a scene."""
     max_count: int = 4
     """Largest answer of `count`."""
+    distractor_kinds: int = 0
+    """Most kinds among the things that a `count` scene shows beside those counted; 0: all differ.
+
+    With kinds the number of all things is drawn apart from the answer, and others come in numbers
+    too, so that neither "what comes more than once" nor a full picture tells what is counted.
+    """
     size_range: tuple[float, float] = (0.6, 1.0)
     """Size of a pictogram as a share of the largest that fits its cell."""
     word_size_range: tuple[float, float] = (0.8, 1.0)
@@ -101,6 +107,14 @@ def check_settings(
         problem = (
             f"max_count {settings.max_count} must lie between 1 and max_objects "
             f"{settings.max_objects}, at most {len(NUMBERS)}"
+        )
+    elif settings.distractor_kinds < 0 or (
+        settings.distractor_kinds and settings.max_objects > len(NUMBERS) + 1
+    ):
+        problem = (
+            f"distractor_kinds {settings.distractor_kinds} must be 0 or more, and max_objects "
+            f"{settings.max_objects} at most {len(NUMBERS) + 1} with it, because {len(NUMBERS)} of "
+            "a kind have a word"
         )
     elif settings.num_phrasings not in (1, 2) or settings.num_turns < 1:
         problem = (

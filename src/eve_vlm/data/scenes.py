@@ -197,6 +197,8 @@ class SceneDataset:
             return [name], name
         if family == "count":
             number = 1 + int(stratum * settings.max_count)
+            if settings.distractor_kinds:
+                return self._crowd(number, dice)
             chosen = self._draw_concepts(1 + dice.below(settings.max_objects - number + 1), dice)
             return dice.shuffled(chosen[:1] * number + chosen[1:]), chosen[0]
         number = settings.min_objects + dice.below(settings.max_objects - settings.min_objects + 1)
@@ -209,6 +211,14 @@ class SceneDataset:
         if family == "presence" and stratum >= 0.5:
             subject = dice.until(self.concepts, lambda concept: concept not in chosen)
         return dice.shuffled(chosen), subject
+
+    def _crowd(self, number: int, dice: Dice) -> tuple[list[str], str]:
+        """So many of one concept among others, which come in numbers as well; and the concept."""
+        settings = self.settings
+        total = settings.min_objects + dice.below(settings.max_objects - settings.min_objects + 1)
+        subject, *kinds = self._draw_concepts(2 + dice.below(settings.distractor_kinds), dice)
+        others = [dice.choice(kinds) for _ in range(total - number)]
+        return dice.shuffled([subject] * number + others), subject
 
     def _draw_concepts(self, number: int, dice: Dice) -> list[str]:
         """Different concepts: no kept pair among them in training, one first in held-out."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from eve_vlm.data.pictograms import Pictograms
 from eve_vlm.data.rendered.vocabulary import PageSplit
-from eve_vlm.data.scenes import SceneDataset, SceneSettings
+from eve_vlm.data.scenes import ANSWER_STEP, SceneDataset, SceneSettings
 from eve_vlm.data.splits import Split
 
 NUMBER_MODULUS = 5  # a fifth of the numbers is kept for held-out
@@ -26,17 +26,38 @@ class WrittenWords(SceneDataset):
         size: int,
         seed: int = 0,
         canvases: tuple[tuple[int, int], ...] = ((56, 56),),
+        family: str = "word",
+        num_phrasings: int = 1,
+        size_range: tuple[float, float] = (0.8, 1.0),
     ) -> None:
-        """Take the words and the (height, width) of pictures, of which one is drawn for each."""
+        """Take the words and the (height, width) of pictures, of which one is drawn for each.
+
+        Args:
+            words: what is written.
+            split: whose sizes, turns, positions, inks and backgrounds are used.
+            size: number of records.
+            seed: of all draws.
+            canvases: (height, width) of pictures.
+            family: `word`, or `caption_word` for captions.
+            num_phrasings: 1 or 2 ways to ask.
+            size_range: size of the writing as a share of the largest that fits.
+        """
         super().__init__(
             Pictograms({}),
             split=split,
-            families={"word": 1.0},
+            families={family: 1.0},
             size=size,
             seed=seed,
-            settings=SceneSettings(word_canvases=canvases),
+            settings=SceneSettings(
+                word_canvases=canvases, num_phrasings=num_phrasings, word_size_range=size_range
+            ),
         )
         self.words = tuple(words)
+
+    def word(self, index: int) -> str:
+        """What record `index` says; without measuring it, 200 times as fast as its scene."""
+        stratum = (self._starts[1] + index * ANSWER_STEP) % 1.0
+        return self.words[int(stratum * len(self.words))]
 
 
 def is_kept_number(number: int) -> bool:
