@@ -39,7 +39,7 @@ class WatchedReply(Reply):
     def take(self, token_id: int) -> None:
         """The next token of the answer."""
         super().take(token_id)
-        self.times.append(self.clock())
+        self.times.append(self.clock.now())  # the token is here, so the device was waited for
 
 
 def square_cases(engine: EveEngine, edge: int) -> list[Case]:

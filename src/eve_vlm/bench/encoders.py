@@ -178,17 +178,17 @@ def _built(
         "vision_feature_layer": FEATURE_LAYER,
     }
     side = encoder.image_size
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), eve.device:
         torch.manual_seed(0)
         model: Any = (
-            LlavaForConditionalGeneration._from_config(LlavaConfig(**given))
+            LlavaForConditionalGeneration._from_config(LlavaConfig(**given), dtype=eve.dtype)
             if name == NAMES[0]
             else LlavaNextForConditionalGeneration._from_config(
-                LlavaNextConfig(**given, image_grid_pinpoints=[[2 * side] * 2])
+                LlavaNextConfig(**given, image_grid_pinpoints=[[2 * side] * 2]), dtype=eve.dtype
             )
         )
     model.model.language_model, model.lm_head = eve.model.language_model, eve.lm_head
-    return model.to(eve.device, eve.dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 __all__ = ["NAMES", "EncoderBased", "encoder_bytes", "image_tokens"]

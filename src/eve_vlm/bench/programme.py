@@ -24,7 +24,7 @@ from .measuring import Case, Clock, Measured, measure
 from .paper_table import paper_table
 from .roof import Roof, measured_roof
 from .subjects import Subject
-from .training import training_cases
+from .training import aligner_bytes, training_cases
 from .words import CAPTION, QUESTION, SQUARE, mixed
 
 FORMAT = "eve-bench/1"
@@ -212,7 +212,10 @@ def require_memory(subject: Subject, settings: Settings) -> None:
         width = subject.config.text_config.hidden_size
         beside = encoder_bytes(subject.shape.encoder, width, subject.dtype)
     for work, what, remedy in _workloads(subject, settings):
-        needed = memory.estimate(work).wanted + (0 if work.training else beside)
+        more = (
+            aligner_bytes(subject, work.batch * work.rows * work.cols) if work.training else beside
+        )
+        needed = memory.estimate(work).wanted + more
         if needed > device.bytes:
             raise ValueError(
                 f"{what} takes about {human_bytes(needed)}, but {device.name} has "
@@ -256,8 +259,7 @@ def _workloads(subject: Subject, settings: Settings) -> list[tuple[Workload, str
     if "training" in settings.sections and not settings.paper:
         edge = settings.edges[0]
         grid = subject.processor(edge).image_processor.grid_of(*SQUARE)
-        # Everything learns.  The aligner is not in it: its 9 taps of picture tokens are a few
-        # percent, which the margin covers.
+        # Everything learns; the aligner comes on top (`require_memory`).
         work = Workload(
             training=True,
             length=1 + grid.rows * (grid.cols + 1) + _words(subject, CAPTION),

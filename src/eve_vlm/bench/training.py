@@ -158,6 +158,19 @@ def teacher_features(model: EveForPreTraining, grids: torch.Tensor) -> torch.Ten
     return made.to(grids.device)
 
 
+def aligner_bytes(subject: Subject, cells: int) -> int:
+    """What a step takes more with the aligner: weights, gradients, and each tap in float32.
+
+    A tap's cells are kept as they are picked, normed and mapped.
+    """
+    config = subject.aligned_config()
+    with torch.device("meta"):
+        aligner = EvePatchAligner(config)
+    width = 2 * config.text_config.hidden_size + subject.shape.teacher
+    weights = sum(part.numel() for part in aligner.parameters()) * subject.dtype.itemsize
+    return 2 * weights + len(aligner.taps) * cells * width * torch.float32.itemsize
+
+
 def step_work(
     encoded: list[EncodedRecord], subject: Subject, *, aligned: EveForPreTraining | None
 ) -> Work:
@@ -171,4 +184,12 @@ def step_work(
     )
 
 
-__all__ = ["STEPS", "batch_of", "learning", "step_work", "teacher_features", "training_cases"]
+__all__ = [
+    "STEPS",
+    "aligner_bytes",
+    "batch_of",
+    "learning",
+    "step_work",
+    "teacher_features",
+    "training_cases",
+]

@@ -6,6 +6,7 @@ error.
 """
 
 import json
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -137,8 +138,17 @@ def _measured(subject: "Subject", settings: "Settings") -> dict[str, Any]:
     from eve_vlm.bench.paper_table import paper_lines
     from eve_vlm.bench.programme import run_bench
 
+    started, said = time.perf_counter(), set[str]()
     with tqdm(desc="bench", bar_format="{desc}  {elapsed}", disable=None, leave=False) as bar:
-        data = run_bench(subject, settings, say=bar.set_description_str)
+
+        def say(text: str) -> None:
+            """On a terminal in one line that changes; in a file a line when a case comes first."""
+            bar.set_description_str(text)
+            if bar.disable and text not in said:
+                said.add(text)
+                typer.echo(f"{time.perf_counter() - started:.0f} s  {text}", err=True)
+
+        data = run_bench(subject, settings, say=say)
     typer.echo(roof_line(data))
     typer.echo("\n" + in_columns(table_of(data), left=4))
     if data["growth"]:
