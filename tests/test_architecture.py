@@ -179,7 +179,7 @@ def test_training_is_imported_by_the_commands_only():
     }
     # `inspection/subjects.py` shows what a recipe would train, and is itself for the command only.
     others = {user for user in users if not user.startswith("cli/")}
-    assert others <= {"quickstart.py", "inspection/subjects.py"}
+    assert others <= {"quickstart.py", "small.py", "inspection/subjects.py"}
 
 
 def test_nothing_imports_the_command_line():

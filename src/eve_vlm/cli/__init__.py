@@ -28,6 +28,7 @@ from .models import convert
 from .paging import demo
 from .reporting import report
 from .serving import serve
+from .small import small_app
 from .starting import init
 from .training import quickstart, train
 
@@ -67,6 +68,7 @@ data_app.command()(check)
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.add_typer(assets_app, name="assets")
+app.add_typer(small_app, name="small")
 
 
 def main() -> None:

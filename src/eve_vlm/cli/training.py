@@ -47,8 +47,8 @@ def train(
     if dry_run:
         typer.echo(run.describe(loaded))
         return
-    with _stops_tidily():
-        result = run.train(loaded, resume=resume, say=_say)
+    with stops_tidily():
+        result = run.train(loaded, resume=resume, say=tell)
     typer.echo(
         f"{result.output_dir} is trained ({result.records:,} records, {result.seconds:.0f} s)."
     )
@@ -64,26 +64,26 @@ def quickstart(
     """
     from eve_vlm.quickstart import run_quickstart
 
-    with _stops_tidily():
+    with stops_tidily():
         summary = run_quickstart(output, seed=seed)
     typer.echo(summary)
 
 
 @contextmanager
-def _stops_tidily() -> Iterator[None]:
+def stops_tidily() -> Iterator[None]:
     """Ends with the exit code of the signal where a run was asked to stop and has saved itself."""
     from eve_vlm.train.stopping import RunStopped
 
     try:
         yield
     except RunStopped as stopped:
-        _say(f"eve: {stopped}")
+        tell(f"eve: {stopped}")
         raise typer.Exit(stopped.exit_code) from None
 
 
-def _say(text: str) -> None:
+def tell(text: str) -> None:
     """To the terminal, and not into what is piped on."""
     typer.echo(text, err=True)
 
 
-__all__ = ["quickstart", "train"]
+__all__ = ["quickstart", "stops_tidily", "tell", "train"]

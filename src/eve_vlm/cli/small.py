@@ -1,0 +1,59 @@
+"""The commands around `eve-small`, the default model: `eve small train` and `eve small pack`.
+
+They read arguments and call `eve_vlm.small` and `eve_vlm.default_model`, imported inside.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .training import stops_tidily, tell
+
+small_app = typer.Typer(
+    help="Make eve-small, the model that answers when none is named.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+@small_app.command()
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Values for the recipes of all stages, or of one: finetune:training.max_steps=10.",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/eve-small"),
+    steps_scale: Annotated[
+        float, typer.Option(help="Factor of the steps of every stage, to fit a time.")
+    ] = 1.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is missing and how many steps there are.")
+    ] = False,
+) -> None:
+    """Train eve-small in its three stages; goes on where it stopped and fetches nothing.
+
+    eve small train --output runs/eve-small --steps-scale 0.5
+    """
+    from eve_vlm import small
+
+    if dry_run:
+        recipes = small.stage_recipes(output, steps_scale=steps_scale, overrides=overrides or ())
+        for recipe in recipes:
+            steps, sources = recipe.training["max_steps"], recipe.data.sources
+            names = ", ".join(source.name or source.kind for source in sources)
+            typer.echo(f"{recipe.stage.name}: {steps:,} steps of {names}")
+        for sentence in small.lacking_parts(recipes):
+            typer.echo(f"lacking: {sentence}")
+        return
+    with stops_tidily():
+        model = small.train_small(
+            output, steps_scale=steps_scale, overrides=overrides or (), say=tell
+        )
+    typer.echo(f"{model} is trained.")
+
+
+__all__ = ["small_app"]
