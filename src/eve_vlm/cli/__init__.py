@@ -16,6 +16,7 @@ from .chatting import chat
 from .checking_data import check
 from .comparing import parity
 from .comparing_runs import compare_run
+from .conversing import converse
 from .data import data_app
 from .evaluating import eval_app
 from .exporting import export, merge
@@ -65,6 +66,7 @@ COMMANDS = (
 for command in COMMANDS:
     app.command()(command)
 data_app.command()(check)
+data_app.command()(converse)
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.add_typer(assets_app, name="assets")
