@@ -12,6 +12,7 @@ import typer
 
 from .asking import ask
 from .benching import bench
+from .caching_features import features
 from .chatting import chat
 from .checking_data import check
 from .comparing import parity
@@ -69,6 +70,7 @@ data_app.command()(check)
 data_app.command()(converse)
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
+data_app.command()(features)
 app.add_typer(assets_app, name="assets")
 app.add_typer(small_app, name="small")
 

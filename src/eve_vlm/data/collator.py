@@ -26,6 +26,8 @@ class EveCollator:
         `input_ids`, `labels` (B, T); `attention_mask` (B, T), or `position_ids` (B, T) when packed;
         `pixel_values` (P, d), `image_grid_thw` (I, 3) and, with a teacher, `teacher_pixel_values`
             (I, size, size, 3) uint8, when there are pictures;
+        `teacher_is_kept` (I,) booleans, `teacher_kept` (Z, W) float16 and `teacher_keys` (I, 16)
+            uint8, where the teacher's features are kept; then canvases are of the others only;
         `label_weights` (B, T) float32, unless every label counts 1;
         `label_groups` (B, T) int64, with more than one data set;
         `cu_seq_lens_q`, `cu_seq_lens_k` (records + 1,) int32 and `max_length_q`, `max_length_k`,
@@ -140,7 +142,18 @@ def _pictures(rows: list[list[EncodedRecord]]) -> dict[str, np.ndarray]:
         ),
         "image_grid_thw": np.concatenate([record.image_grid_thw for record in records]),
     }
-    return batch | ({"teacher_pixel_values": np.concatenate(views)} if views else {})
+    if views:
+        batch["teacher_pixel_values"] = np.concatenate(views)
+    keys = [key for record in records for key in record.teacher_keys]
+    if keys:
+        kept = [features for record in records for features in record.teacher_kept]
+        found = [features for features in kept if features is not None]
+        batch["teacher_keys"] = (
+            np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1).copy()
+        )
+        batch["teacher_is_kept"] = np.array([features is not None for features in kept])
+        batch["teacher_kept"] = np.concatenate(found) if found else np.empty((0, 0), np.float16)
+    return batch
 
 
 def _bounds(rows: list[list[EncodedRecord]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ A record's size in tokens and patches is known from its text and the headers of 
 token while the text is tokenised, and is repeated afterwards.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -19,8 +20,9 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from eve_vlm.data.feature_table import KEY_BYTES, FeatureTable
 from eve_vlm.data.packing import Size
-from eve_vlm.data.picture_ref import open_image, size_of_image
+from eve_vlm.data.picture_ref import open_image, open_with_digest, size_of_image
 from eve_vlm.data.records import Record, parts_of, text_of
 from eve_vlm.data.teacher_view import TeacherView
 from eve_vlm.image_processing_eve import EveGrid, num_image_tokens
@@ -43,9 +45,24 @@ class EncodedRecord(NamedTuple):
     image_grid_thw: np.ndarray
     """(I, 3) int64."""
     teacher_pixel_values: np.ndarray | None
-    """(I, size, size, 3) uint8, or None without a teacher."""
+    """(I, size, size, 3) uint8, less those in `teacher_kept`; None without a teacher."""
     source: str = ""
     """Name of the data set that it comes from."""
+    teacher_keys: tuple[bytes, ...] = ()
+    """What each picture's features are kept under; empty where none are."""
+    teacher_kept: tuple[np.ndarray | None, ...] = ()
+    """(cells, width) float16 for each picture, or None where the teacher has to be asked."""
+
+
+class TeacherShare(NamedTuple):
+    """What of a record is for the teacher; the fields are those of `EncodedRecord`."""
+
+    pixel_values: np.ndarray | None
+    """Canvases of the pictures that the teacher has to be asked about."""
+    keys: tuple[bytes, ...] = ()
+    """What each picture's features are kept under."""
+    kept: tuple[np.ndarray | None, ...] = ()
+    """Kept features of each picture, or None."""
 
 
 class BadRecord(NamedTuple):
@@ -81,6 +98,7 @@ class Encoder:
         shrink: makes the pictures of a record smaller, all to the same longer side, where they
             would not fit otherwise; nothing else is ever cut.
         teacher_view: makes the teacher's views too.
+        teacher_table: where its features are kept; a picture that is in it is not laid out.
     """
 
     def __init__(
@@ -92,9 +110,11 @@ class Encoder:
         max_patches: int | None = None,
         shrink: bool = False,
         teacher_view: TeacherView | None = None,
+        teacher_table: FeatureTable | None = None,
     ):
         self.processor, self.format, self.max_length = processor, format, max_length
-        self.max_patches, self.shrink, self.teacher_view = max_patches, shrink, teacher_view
+        self.max_patches, self.shrink = max_patches, shrink
+        self.teacher_view, self.teacher_table = teacher_view, teacher_table
         if format == "chat" and not processor.chat_template:
             raise ValueError(
                 "The processor has no chat template; set processor.chat_template, or use format "
@@ -110,11 +130,33 @@ class Encoder:
         """
         try:
             ids, labels = self.encode_text(record.messages, format=record.format)
-            images = [open_image(image) for image in record.images]
+            images, digests = self._opened(record)
             layout = self.layout(ids, [size_of_image(image) for image in images])
-            return self._with_pictures(record, ids, labels, images, layout)
+            share = self._for_teacher(images, digests, layout.grids)
+            return self._with_pictures(record, ids, labels, images, layout, share)
         except ValueError as error:
             raise ValueError(f"Record {record.id!r}: {error}") from None
+
+    def teacher_share(self, record: Record) -> tuple[TeacherShare, list[EveGrid]]:
+        """What the teacher would get of a record, and its grids; no patch is cut.
+
+        Raises:
+            ValueError: as encoding it would.
+        """
+        try:
+            ids, _ = self.encode_text(record.messages, format=record.format)
+            images, digests = self._opened(record)
+            grids = self.layout(ids, [size_of_image(image) for image in images]).grids
+            return self._for_teacher(images, digests, grids), grids
+        except ValueError as error:
+            raise ValueError(f"Record {record.id!r}: {error}") from None
+
+    def _opened(self, record: Record) -> tuple[list[Image.Image], list[bytes]]:
+        """The pictures, and what their contents come to where features are kept by them."""
+        if self.teacher_table is None:
+            return [open_image(image) for image in record.images], []
+        pairs = [open_with_digest(image) for image in record.images]
+        return [image for image, _ in pairs], [digest for _, digest in pairs]
 
     def size(self, record: Record) -> Size:
         """What the record takes of a packed row, from its text and the headers of its pictures.
@@ -275,6 +317,7 @@ class Encoder:
         labels: list[int],
         images: list[Image.Image],
         layout: Layout,
+        share: TeacherShare,
     ) -> EncodedRecord:
         repeats = np.ones(len(ids), np.int64)
         repeats[np.asarray(ids) == self.processor.image_token_id] = [
@@ -285,8 +328,10 @@ class Encoder:
             np.repeat(np.asarray(ids, np.int64), repeats),
             np.repeat(np.asarray(labels, np.int64), repeats),
             *self._pixels(images, layout.longest_edge),
-            self._teacher_views(images, layout.grids),
+            share.pixel_values,
             record.source,
+            share.keys,
+            share.kept,
         )
 
     def _pixels(
@@ -299,16 +344,34 @@ class Encoder:
         both = processor(images, size={"longest_edge": longest_edge}, return_tensors="np")
         return both["pixel_values"], both["image_grid_thw"]
 
-    def _teacher_views(self, images: list[Image.Image], grids: list[EveGrid]) -> np.ndarray | None:
-        view = self.teacher_view
+    def _for_teacher(
+        self, images: list[Image.Image], digests: list[bytes], grids: list[EveGrid]
+    ) -> TeacherShare:
+        """Kept features of the pictures, and canvases of the others."""
+        view, table = self.teacher_view, self.teacher_table
         if view is None:
-            return None
+            return TeacherShare(None)
         unit = self.processor.image_processor.size_multiple
+        cells = [(grid.height // unit, grid.width // unit) for grid in grids]
+        keys: tuple[bytes, ...] = ()
+        kept: tuple[np.ndarray | None, ...] = ()
+        if table is not None:
+            keys = tuple(_key(*pair) for pair in zip(digests, cells, strict=True))
+            kept = tuple(
+                table.get(key, rows * cols) for key, (rows, cols) in zip(keys, cells, strict=True)
+            )
         views = [
-            view.render(image, grid.height // unit, grid.width // unit)
-            for image, grid in zip(images, grids, strict=True)
+            view.render(image, *size)
+            for image, size, found in zip(images, cells, kept or [None] * len(cells), strict=True)
+            if found is None
         ]
-        return np.stack(views) if views else np.empty((0, view.size, view.size, 3), np.uint8)
+        empty = np.empty((0, view.size, view.size, 3), np.uint8)
+        return TeacherShare(np.stack(views) if views else empty, keys, kept)
+
+
+def _key(digest: bytes, cells: tuple[int, int]) -> bytes:
+    """Under which features are kept: of this content, cut into so many rows and columns."""
+    return hashlib.blake2b(digest + repr(cells).encode(), digest_size=KEY_BYTES).digest()
 
 
 def _check_answer(answer: str) -> None:
@@ -319,4 +382,4 @@ def _check_answer(answer: str) -> None:
         )
 
 
-__all__ = ["IGNORED", "BadRecord", "EncodedRecord", "Encoder", "Layout"]
+__all__ = ["IGNORED", "BadRecord", "EncodedRecord", "Encoder", "Layout", "TeacherShare"]

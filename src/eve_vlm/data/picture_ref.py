@@ -5,6 +5,7 @@ Easy to get wrong: `size()` is the size *upright*, as `open()` gives it; a camer
 its side writes the other one into the header.
 """
 
+import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import BinaryIO, cast
 from PIL import Image
 
 from eve_vlm.data.files import FileWindow, open_file, place_is_said, read_range
+from eve_vlm.image_processing_eve import to_rgb
 from eve_vlm.pictures import open_picture, picture_size, read_picture
 
 
@@ -148,6 +150,26 @@ def open_image(image: Image.Image | Path | PictureRef) -> Image.Image:
     return image.open() if isinstance(image, PictureRef) else open_picture(image)
 
 
+def open_with_digest(image: Image.Image | Path | PictureRef) -> tuple[Image.Image, bytes]:
+    """The picture as `open_image` gives it, and what its content comes to.
+
+    That of a file counts its bytes, which are read once for both; that of an open picture its
+    pixels, upright and in RGB.
+
+    Raises:
+        ValueError: as `open_image`.
+    """
+    if isinstance(image, Image.Image):
+        upright = to_rgb(image, copy=False)
+        content = hashlib.blake2b(repr(upright.size).encode())
+        content.update(upright.tobytes())
+        return image, content.digest()
+    if isinstance(image, Path):
+        image = PictureFile(name=str(image), path=str(image))
+    data = image.read()
+    return read_picture(data, name=image.name), hashlib.blake2b(data).digest()
+
+
 def size_of_image(image: Image.Image | Path | PictureRef) -> tuple[int, int]:
     """Upright width and height of a record's picture, without decoding pixels.
 
@@ -169,5 +191,6 @@ __all__ = [
     "PictureRef",
     "PictureUrl",
     "open_image",
+    "open_with_digest",
     "size_of_image",
 ]

@@ -93,8 +93,8 @@ def load_bad_step(folder: str | Path) -> BadStep:
 
     Example:
         step = load_bad_step("runs/mine/bad_steps/step-812-rank-0")
-        views = step.batches[0].pop("teacher_pixel_values", None)
-        model(**step.batches[0])["loss"]
+        batch = step.batches[0]
+        model(**{name: batch[name] for name in batch if not name.startswith("teacher_")})["loss"]
     """
     folder = Path(folder)
     for name in (BATCH_FILE, RECORDS_FILE):

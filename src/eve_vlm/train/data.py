@@ -13,6 +13,7 @@ from eve_vlm.cache import cache_folder
 from eve_vlm.data.collator import EveCollator
 from eve_vlm.data.encode import Encoder
 from eve_vlm.data.encoded_rows import EncodedRows
+from eve_vlm.data.feature_table import FeatureTable
 from eve_vlm.data.lengths import MixtureLengths
 from eve_vlm.data.packing import Budget
 from eve_vlm.data.rows import Rows, RowSampler, steps_of
@@ -47,16 +48,18 @@ def build_data(
     arguments: TrainingArguments,
     *,
     view: TeacherView | None = None,
+    table: FeatureTable | None = None,
 ) -> RunData:
     """The data of one process, and `arguments.max_steps` where the recipe counts epochs.
 
     Args:
         view: how the teacher sees pictures; None without alignment.
+        table: where its features are kept, if they are.
 
     Raises:
         ValueError: for what a user can mend in the recipe or the data.
     """
-    encoder = build_encoder(recipe.data, processor, view=view)
+    encoder = build_encoder(recipe.data, processor, view=view, table=table)
     dataset = EncodedRows(records if isinstance(records, Mixture) else None, encoder)
     sampler = _sampler(recipe, records, encoder, arguments)
     names = tuple(dict.fromkeys(records.names))
@@ -119,7 +122,11 @@ def _sampler(
 
 
 def build_encoder(
-    data: DataSection, processor: EveProcessor, *, view: TeacherView | None = None
+    data: DataSection,
+    processor: EveProcessor,
+    *,
+    view: TeacherView | None = None,
+    table: FeatureTable | None = None,
 ) -> Encoder:
     """What turns records into arrays, as the recipe says."""
     return Encoder(
@@ -129,6 +136,7 @@ def build_encoder(
         max_patches=None if data.packing is None else data.packing.patches,
         shrink=data.too_long == "shrink",
         teacher_view=view,
+        teacher_table=table,
     )
 
 

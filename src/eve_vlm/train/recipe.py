@@ -274,6 +274,7 @@ def _check_stage(stage: StageSection, origin: Origin) -> None:
         _positive(("stage", "alignment", "weight"), stage.alignment.weight, origin)
         if stage.name == "language":
             origin.fail(
+        _positive(("stage", "alignment", "cache_gb"), stage.alignment.cache_gb, origin)
                 ("stage", "alignment"), "must be null in the stage language; it has no pictures"
             )
 

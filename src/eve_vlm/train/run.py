@@ -43,6 +43,7 @@ from eve_vlm.train.run_folder import RESULT_FILE, changed_keys, held, is_finishe
 from eve_vlm.train.run_report import write_run_report
 from eve_vlm.train.sections import Recipe
 from eve_vlm.train.stopping import RunStopped, StopOnSignal
+from eve_vlm.train.teacher_cache import open_table
 from eve_vlm.train.trackers import check_trackers
 from eve_vlm.train.watching import watch
 
@@ -101,7 +102,9 @@ def _train(recipe: Recipe, *, resume: bool, say: Callable[[str], object]) -> Run
     if arguments.process_index == 0:
         table = parameter_table(model, recipe.stage)
         (output / "parameters.txt").write_text(table + "\n", encoding="utf-8")
-    data = build_data(recipe, records, processor, arguments, view=teacher.view if teacher else None)
+    features = open_table(recipe, teacher)
+    view = teacher.view if teacher else None
+    data = build_data(recipe, records, processor, arguments, view=view, table=features)
     trainer = trainer_of(recipe, processor)(
         model=model,
         args=arguments,
@@ -111,6 +114,7 @@ def _train(recipe: Recipe, *, resume: bool, say: Callable[[str], object]) -> Run
         data_log=data.log,
         sources=data.sources,
         teacher=teacher,
+        teacher_table=features,
         teacher_side=recipe.model.image.size_multiple // recipe.model.vision.patch_size,
         guards=recipe.guards,
         decode=processor.tokenizer.decode,

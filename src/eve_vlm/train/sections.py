@@ -161,6 +161,12 @@ class AlignmentSection:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSection:
     """Which parameters learn, and how fast."""
+    cache: Literal["memory", "disk"] | None = None
+    """Keep the teacher's features of each picture, in float16: in `memory` for this run, or on
+    `disk` for later ones too (teacher_features in the cache folder); null asks it each time, which
+    is best for pictures that do not come again."""
+    cache_gb: float = 4.0
+    """Most that kept features may take, in GB; what goes beyond is asked each time, and said."""
 
     name: Literal["language", "prealign", "pretrain", "finetune"]
     """The stage."""

@@ -23,6 +23,7 @@ class FrozenTeacher:
     Attributes:
         view: how pictures are laid out for it.
         hidden_size: width of its features.
+        layer: the hidden state that they are.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class FrozenTeacher:
         hidden_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        layer: int = -2,
     ):
         self.model = model.requires_grad_(False).eval()
         self.extract, self.view, self.hidden_size = extract, view, hidden_size
+        self.layer = layer
         self.mean = torch.tensor(mean).view(1, 3, 1, 1)
         self.std = torch.tensor(std).view(1, 3, 1, 1)
 
@@ -61,9 +64,9 @@ class FrozenTeacher:
             hidden_size=facts.config.hidden_size,
             mean=facts.mean,
             std=facts.std,
+            layer=layer,
         )
 
-    @torch.no_grad()
     def features(
         self, teacher_pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, *, side: int
     ) -> torch.Tensor:
@@ -77,6 +80,25 @@ class FrozenTeacher:
         Returns:
             (Z, W) float32, picture by picture, in reading order.
         """
+        cells = self.cells(image_grid_thw, side=side)
+        return self.features_of_cells(teacher_pixel_values, cells.to(teacher_pixel_values.device))
+
+    def cells(self, image_grid_thw: torch.Tensor, *, side: int) -> torch.Tensor:
+        """(Z,) numbers of the cells that hold pictures, counted through all canvases.
+
+        How many there are depends on the grids: on a GPU the host waits for that, so grids should
+        be where the collator made them.
+        """
+        held = self.view.cells_of_pictures(
+            image_grid_thw[:, 1] // side, image_grid_thw[:, 2] // side
+        )
+        return held.flatten().nonzero().squeeze(1)
+
+    @torch.no_grad()
+    def features_of_cells(
+        self, teacher_pixel_values: torch.Tensor, cells: torch.Tensor
+    ) -> torch.Tensor:
+        """(Z, W) float32 features of (Z,) cells, numbered as `cells` gives them."""
         device = teacher_pixel_values.device
         if next(self.model.parameters()).device != device:
             self.model.to(device)
@@ -86,10 +108,7 @@ class FrozenTeacher:
             features = self.extract(
                 self.model, (pixels - self.mean) / self.std
             )  # (I, cells * cells, W)
-        kept = self.view.cells_of_pictures(
-            image_grid_thw[:, 1] // side, image_grid_thw[:, 2] // side
-        )
-        return features[kept.flatten(1)]
+        return features.flatten(0, 1)[cells]
 
 
 __all__ = ["EFFICIENTNET", "FrozenTeacher"]

@@ -4,6 +4,7 @@
   - `get_train_dataloader`: batches from an endless stream of rows with an exact position;
   - `get_batch_samples`: counts labels, pictures and unusable records of all accumulated batches;
   - `compute_loss`: asks the frozen teacher, remembers the loss by term and by data set;
+  - `_prepare_input`: copies pinned batches to the device while it computes;
   - `training_step`: lets the guards judge each step before its gradients are used;
   - `log`: adds terms, rates and how full rows are, and stops at a loss that is not a number.
 
@@ -24,6 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import DataLoader
 
+from eve_vlm.data.feature_table import FeatureTable
 from eve_vlm.train.data_log import DataLog
 from eve_vlm.train.guards import Guards
 from eve_vlm.train.meter import Meter
@@ -31,6 +33,7 @@ from eve_vlm.train.parameters import optimizer_groups
 from eve_vlm.train.sections import GuardsSection, StageSection
 from eve_vlm.train.step_sums import StepSums
 from eve_vlm.train.teacher import FrozenTeacher
+from eve_vlm.train.teacher_cache import TeacherFeatures
 from eve_vlm.train.whole_checkpoints import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,7 @@ class EveTrainer(WholeCheckpoints):
         sources: names of the data sets, for the loss of each.
         teacher: asked for features of each batch that brings its views; None without alignment.
         teacher_side: patches of the student along one alignment cell.
+        teacher_table: where its features are kept, the one that the encoder looks into.
         guards: what is watched, and what to do about a bad step.
         decode: makes text of token ids, for the records of a bad step.
     """
@@ -70,12 +74,16 @@ class EveTrainer(WholeCheckpoints):
         sources: tuple[str, ...] = (),
         teacher: FrozenTeacher | None = None,
         teacher_side: int = 1,
+        teacher_table: FeatureTable | None = None,
         guards: GuardsSection | None = None,
         decode: Callable[[list[int]], str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.stage, self.teacher, self.teacher_side = stage, teacher, teacher_side
+        self.stage = stage
+        self.teacher_features: TeacherFeatures | None = None
+        if teacher is not None:
+            self.teacher_features = TeacherFeatures(teacher, side=teacher_side, table=teacher_table)
         self.data_log = self.data_position = data_log
         self.sources = sources
         self.args.ignore_data_skip = True  # the stream of rows knows its place
@@ -152,6 +160,8 @@ class EveTrainer(WholeCheckpoints):
             self.data_log.count(sum(map(len, info.record_ids)), bad)
             if self.meter is not None:
                 self.meter.count(batch)
+            if self.teacher_features is not None:
+                self.teacher_features.prepare(batch, pin=self.args.device.type == "cuda")
         images = sum(len(batch["image_grid_thw"]) for batch in batches if "image_grid_thw" in batch)
         self._images_in_batch = self._over_processes(torch.tensor(images, device=device)).clamp(1)
         num_items = self._get_num_items_in_batch(batches, device)
@@ -182,11 +192,9 @@ class EveTrainer(WholeCheckpoints):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Language and alignment loss of one micro-batch, as a share of the accumulated batch."""
-        views = inputs.pop("teacher_pixel_values", None)
-        if self.teacher is not None and views is not None:
-            inputs["teacher_features"] = self.teacher.features(
-                views, inputs["image_grid_thw"], side=self.teacher_side
-            )
+        features = None if self.teacher_features is None else self.teacher_features(inputs)
+        if features is not None:
+            inputs["teacher_features"] = features
             inputs["num_images_in_batch"] = self._images_in_batch
         if "label_groups" in inputs:
             inputs["num_groups"] = len(self.sources)
@@ -208,7 +216,15 @@ class EveTrainer(WholeCheckpoints):
             self.guards.after_engine_step(norm, **self._about_step())
         elif self.accelerator.sync_gradients and not self._may_step(self.model_wrapped):
             self.model_wrapped.zero_grad()  # no optimizer moves a parameter that has no gradient
+        if self.accelerator.sync_gradients and self.teacher_features is not None:
+            self.teacher_features.keep()  # the guards have just waited for the device
         return loss
+
+    def _prepare_input(self, data: Any) -> Any:
+        """As the library, but the host does not wait for the copy of a pinned tensor."""
+        if isinstance(data, torch.Tensor) and data.is_pinned():
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def _may_step(self, model: nn.Module) -> bool:
         """The guards' word; the losses of a skipped step count nowhere."""
