@@ -26,12 +26,16 @@ from .pooled_attention_eve import Float32LayerNorm, Float32Linear, at_least_floa
 from .published_eve import DROPPED
 
 
-def tap_indices(num_layers: int, tap_every: int) -> tuple[int, ...]:
+def tap_indices(num_layers: int, tap_every: int | None) -> tuple[int, ...]:
     """Tapped layers, last first: L, L - tap_every, ... down to 0 or above (0 is the input).
+
+    Only the last one where `tap_every` is None.
 
     >>> tap_indices(32, 4)
     (32, 28, 24, 20, 16, 12, 8, 4, 0)
     """
+    if tap_every is None:
+        return (num_layers,)
     return tuple(range(num_layers, -1, -tap_every))
 
 
@@ -47,7 +51,8 @@ class EvePatchAligner(nn.Module):
     """The patch aligning layer (paper section 3.1): tapped decoder states to the teacher's width.
 
     Every tap has its own norm and map.  Per cell the last layer's map asks the others' (which are
-    keys and values as they are); what it gets is added to a direct map of the last layer.
+    keys and values as they are); what it gets is added to a direct map of the last layer.  With the
+    last layer alone (`tap_every` None) nothing is attended to, and its direct map remains.
     """
 
     def __init__(self, config: EveConfig):
@@ -55,7 +60,7 @@ class EvePatchAligner(nn.Module):
         alignment = config.alignment_config
         width, teacher_width = config.text_config.hidden_size, alignment.teacher_hidden_size
         self.taps = tap_indices(config.text_config.num_hidden_layers, alignment.tap_every)
-        if len(self.taps) < 2:
+        if len(self.taps) < 2 and alignment.tap_every is not None:
             raise ValueError(
                 f"alignment_config.tap_every ({alignment.tap_every}) leaves one tap of "
                 f"{self.taps[0]} decoder layers "

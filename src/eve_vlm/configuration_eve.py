@@ -18,7 +18,8 @@ class EveVisionConfig(PreTrainedConfig):
 
     A picture is cut into patches of `patch_size` pixels; every `merge_size` x `merge_size` cell of
     patches becomes one token of width `hidden_size`, which the projector takes to the decoder's
-    width.
+    width.  `merge_attention` and `class_attention` switch its two attentions off, for comparisons
+    (paper, table 4): a cell is then the mean of its patches, the class token a learned constant.
     """
 
     model_type = "eve_vision"
@@ -29,6 +30,8 @@ class EveVisionConfig(PreTrainedConfig):
     num_channels: int = 3
     hidden_size: int = 1024
     num_attention_heads: int = 8
+    merge_attention: bool = True
+    class_attention: bool = True
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
 
@@ -56,21 +59,22 @@ class EveVisionConfig(PreTrainedConfig):
 class EveAlignmentConfig(PreTrainedConfig):
     """Sizes of the patch aligning layer, which exists in training only (paper section 3.1).
 
-    The aligner reads decoder layers L, L - tap_every, ... at the picture positions.  `pool_size` is
-    how many tokens, each way, share one cell of the teacher: 1 at 672 pixels, 2 at 1344.
+    The aligner reads decoder layers L, L - tap_every, ... at the picture positions; only the last
+    one where `tap_every` is None.  `pool_size` is how many tokens, each way, share one cell of the
+    teacher: 1 at 672 pixels, 2 at 1344.
     """
 
     model_type = "eve_alignment"
     base_config_key = "alignment_config"
 
     teacher_hidden_size: int = 1024
-    tap_every: int = 4
+    tap_every: int | None = 4
     num_attention_heads: int = 8
     pool_size: int = 1
 
     def __post_init__(self, **kwargs):
         for name in ("teacher_hidden_size", "tap_every", "num_attention_heads", "pool_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(
                     f"alignment_config.{name} is {getattr(self, name)}; it must be at least 1."
                 )

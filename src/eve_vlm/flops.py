@@ -221,14 +221,17 @@ def _patch_embedding(config: EveConfig, learns: bool) -> list[Term]:
     pixels = vision.num_channels * vision.patch_size**2
     projection = 2 * pixels * vision.hidden_size
     by_head = 2 * vision.num_attention_heads * vision.hidden_size
-    per_unit: list[tuple[Unit, int]] = [
-        ("cells", 2 * square),  # merging: query, and back through the weights of keys
+    merging: list[tuple[Unit, int]] = [
+        ("cells", 2 * square),  # query, and back through the weights of keys
         ("patches", 2 * by_head),  # scores and weighted sums
         ("cells", 2 * square),  # through the weights of values, and output
-        ("passes", 2 * square),  # the class token's query, and back
+    ]
+    class_token: list[tuple[Unit, int]] = [
+        ("passes", 2 * square),  # its query, and back
         ("cells", by_head),  # its scores
         ("pictures", 2 * square),  # its values and output
     ]
+    per_unit = merging * vision.merge_attention + class_token * vision.class_attention
     part: Part = "patch embedding"
     terms = [Term(part, unit, cost, 2 * cost * learns) for unit, cost in per_unit]
     return [Term(part, "patches", projection, projection * learns), *terms]

@@ -25,7 +25,9 @@ from .configuration_eve import EveConfig, EveVisionConfig
 from .errors import check_loaded
 from .image_processing_eve import num_image_tokens
 from .pooled_attention_eve import (
+    EveCellMean,
     EveClassAttention,
+    EveLoneClassToken,
     EveMergeAttention,
     Float32Linear,
     at_least_float32,
@@ -217,8 +219,11 @@ class EvePatchEmbedding(EvePreTrainedModel):
             stride=config.patch_size,
             bias=False,
         )
-        self.merge_attention = EveMergeAttention(config)
-        self.class_attention = EveClassAttention(config)
+        merge = EveMergeAttention if config.merge_attention else EveCellMean
+        self.merge_attention = merge(config)
+        self.class_attention = (EveClassAttention if config.class_attention else EveLoneClassToken)(
+            config
+        )
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:

@@ -165,8 +165,42 @@ class EveClassAttention(EvePooledAttention):
         return at_least_float32(class_embedding) + self.output(mixed)
 
 
+class EveCellMean(nn.Module):
+    """In place of `EveMergeAttention` where it is switched off: the mean, and nothing to learn."""
+
+    def __init__(self, config: EveVisionConfig):
+        super().__init__()
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(K, m * m, C) to (K, C)."""
+        return patches.mean(1)
+
+
+class EveLoneClassToken(nn.Module):
+    """In place of `EveClassAttention` where it is switched off: every picture gets the same token.
+
+    So the sequence keeps its length, and what is compared is the attention alone.
+    """
+
+    def __init__(self, config: EveVisionConfig):
+        super().__init__()
+
+    def forward(
+        self,
+        class_embedding: torch.Tensor,
+        cells: torch.Tensor,
+        *,
+        image_of_cell: torch.Tensor,
+        first_cell: torch.Tensor,
+    ) -> torch.Tensor:
+        """(C,) to (I, C); arguments as `EveClassAttention.forward` has them."""
+        return at_least_float32(class_embedding).expand(len(first_cell), -1)
+
+
 __all__ = [
+    "EveCellMean",
     "EveClassAttention",
+    "EveLoneClassToken",
     "EveMergeAttention",
     "EvePooledAttention",
     "Float32LayerNorm",

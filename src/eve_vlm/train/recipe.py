@@ -180,7 +180,8 @@ def _check_values(recipe: Recipe, origin: Origin) -> None:
         origin.fail(("model",), problem)
     for section in ("vision", "image"):
         for name, value in dataclasses.asdict(model)[section].items():
-            _positive(("model", section, name), value, origin)
+            if value is not False:  # a switch, not a size
+                _positive(("model", section, name), value, origin)
     vision, image = model.vision, model.image
     for name, value, of, unit in (
         (
@@ -270,11 +271,12 @@ def _check_stage(stage: StageSection, origin: Origin) -> None:
         problem = f"must not be negative, but it is {stage.weight_decay}; 0.0 switches it off"
         origin.fail(("stage", "weight_decay"), problem)
     if stage.alignment is not None:
-        _positive(("stage", "alignment", "tap_every"), stage.alignment.tap_every, origin)
+        if stage.alignment.tap_every is not None:
+            _positive(("stage", "alignment", "tap_every"), stage.alignment.tap_every, origin)
         _positive(("stage", "alignment", "weight"), stage.alignment.weight, origin)
+        _positive(("stage", "alignment", "cache_gb"), stage.alignment.cache_gb, origin)
         if stage.name == "language":
             origin.fail(
-        _positive(("stage", "alignment", "cache_gb"), stage.alignment.cache_gb, origin)
                 ("stage", "alignment"), "must be null in the stage language; it has no pictures"
             )
 

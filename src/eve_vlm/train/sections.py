@@ -22,6 +22,10 @@ class VisionSection:
     """Width of the patch embedding layer before the projector."""
     num_attention_heads: int
     """Heads of its two attentions."""
+    merge_attention: bool = True
+    """Attention from a cell to its patches; false takes their mean, for comparisons."""
+    class_attention: bool = True
+    """Attention from the class token to all cells; false makes it a constant, for comparisons."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,21 +156,22 @@ class AlignmentSection:
     """`efficientnet-lite0`, or a Hugging Face vision model, folder or name."""
     layer: int = -2
     """Hidden state of the teacher to align with; -2 is the last but one."""
-    tap_every: int = 4
-    """The aligner reads every so many-th layer of the decoder, counted from the last."""
+    tap_every: int | None = 4
+    """The aligner reads every so many-th layer of the decoder, counted from the last; null reads
+    the last one alone."""
     weight: float = 1.0
     """Factor of the alignment loss beside the language loss."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageSection:
-    """Which parameters learn, and how fast."""
     cache: Literal["memory", "disk"] | None = None
     """Keep the teacher's features of each picture, in float16: in `memory` for this run, or on
     `disk` for later ones too (teacher_features in the cache folder); null asks it each time, which
     is best for pictures that do not come again."""
     cache_gb: float = 4.0
     """Most that kept features may take, in GB; what goes beyond is asked each time, and said."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageSection:
+    """Which parameters learn, and how fast."""
 
     name: Literal["language", "prealign", "pretrain", "finetune"]
     """The stage."""
