@@ -29,6 +29,7 @@ from .machine import fits
 from .models import convert
 from .paging import demo
 from .reporting import report
+from .reproducing import reproduce
 from .serving import serve
 from .small import small_app
 from .starting import init
@@ -62,7 +63,7 @@ def _root(
 # In the order of `eve --help`.
 COMMANDS = (
     *(init, train, report, compare_run, quickstart, ask, chat, demo, look, serve, parity),
-    *(inspect, fits, bench, convert, merge, export, doctor),
+    *(inspect, fits, bench, reproduce, convert, merge, export, doctor),
 )
 for command in COMMANDS:
     app.command()(command)
