@@ -10,14 +10,13 @@ left have a name of their own; and neither flags nor what is called by a colour 
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from eve_vlm.data.emoji_styles import PIXELS, STYLES, EmojiDrawing, emoji_drawings
 from eve_vlm.data.records import Record
+from eve_vlm.data.rounds import Rounds
 from eve_vlm.data.source_options import REQUIRED, Shares, check_size, read_options
 from eve_vlm.data.splits import Dice, Split, draw_background
 
@@ -65,9 +64,8 @@ class EmojiSource:
         self, drawings: list[EmojiDrawing], *, size: int, families: Shares, split: Split, seed: int
     ) -> None:
         self._drawings, self._size, self._families = drawings, size, families
-        self._split, self._seed = split, seed
-        self._key = (seed, KIND, int(split != "train"))
-        self._order = lru_cache(maxsize=4)(self._order_of)
+        self._split, self._key = split, (seed, KIND, int(split != "train"))
+        self._rounds = Rounds(len(drawings), self._key)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, seed: int) -> "EmojiSource":
@@ -78,16 +76,21 @@ class EmojiSource:
                 drawn yet nor fetched.
         """
         given = read_options(options, OPTIONS, of="emoji")
-        drawings = emoji_drawings(given["styles"], split=given["split"])
+        families = Shares(given["families"], FAMILIES, of="emoji")
+        drawings = [
+            drawing
+            for drawing in emoji_drawings(given["styles"], split=given["split"])
+            if _families_of(drawing, families)
+        ]
         if not drawings:
             raise ValueError(
-                f"There is no drawing in split {given['split']} of the styles {given['styles']!r}; "
-                "held_out has those of noto alone."
+                f"There is no drawing in split {given['split']} of the styles {given['styles']!r} "
+                f"for {', '.join(families.things)}; held_out has those of noto alone."
             )
         return cls(
             drawings,
             size=check_size(given["size"], of="emoji"),
-            families=Shares(given["families"], FAMILIES, of="emoji"),
+            families=families,
             split=given["split"],
             seed=seed,
         )
@@ -95,10 +98,6 @@ class EmojiSource:
     def __len__(self) -> int:
         """Number of records."""
         return self._size
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """To another process it goes without its cache."""
-        return _again, (self._drawings, self._size, self._families, self._split, self._seed)
 
     def __getitem__(self, index: int) -> Record:
         """Record `index`."""
@@ -121,28 +120,16 @@ class EmojiSource:
         """What record `index` shows; every drawing once in each round of all of them."""
         if not 0 <= index < self._size:
             raise IndexError(f"index {index} is outside the {self._size} records of this source")
-        turn, place = divmod(index, len(self._drawings))
-        return self._drawings[self._order(turn)[place]]
-
-    def _order_of(self, turn: int) -> np.ndarray:
-        generator = np.random.default_rng(np.random.SeedSequence((*self._key, turn)))
-        return generator.permutation(len(self._drawings))
-
-
-def _again(
-    drawings: list[EmojiDrawing], size: int, families: Shares, split: Split, seed: int
-) -> EmojiSource:
-    return EmojiSource(drawings, size=size, families=families, split=split, seed=seed)
+        return self._drawings[self._rounds[index]]
 
 
 # --- words ----------------------------------------------------------------------------------------
 
 
 def _families_of(drawing: EmojiDrawing, families: Shares) -> tuple[str, ...]:
-    """What can be said of a drawing; its name always, for want of anything else."""
-    lacking = {TAGS} if len(drawing.tags) < 2 else set()
-    found = tuple(family for family in families.things if family not in lacking)
-    return found or (NAME,)
+    """What can be said of a drawing; two tags at least are a list of them."""
+    lacking = TAGS if len(drawing.tags) < 2 else None
+    return tuple(family for family in families.things if family != lacking)
 
 
 def _words(drawing: EmojiDrawing, family: str, dice: Dice) -> tuple[str, str]:
