@@ -33,6 +33,7 @@ from eve_vlm.modeling_eve import EveForConditionalGeneration
 
 from .cache_rows import GrowingCache, PrefixStore, add_rows, keep_rows
 from .messages import Prompt
+from .narrow_products import narrow_products
 from .reply import Reply
 from .sampling import ChooseTokens
 from .static_rows import StaticRows
@@ -142,7 +143,8 @@ class RunningBatch:
             if newcomers:
                 self._join(newcomers)
             if self._rows is not None:
-                self._leg(self._rows)
+                with narrow_products(self.model):
+                    self._leg(self._rows)
                 self._leave(self._rows)
         except BaseException as error:
             for reply in {*newcomers, *(self._rows.replies if self._rows else ())}:
