@@ -36,6 +36,7 @@ from transformers import CLIPVisionModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from eve_vlm import record_attention
 from eve_vlm.alignment_eve import EveForPreTraining, EvePatchAligner
 from eve_vlm.bench.measuring import weight_bytes
 from eve_vlm.bench.subjects import SHAPES, Subject
@@ -98,6 +99,7 @@ class Bench:
         dtype = getattr(torch, asked.dtype)
         self.subject = Subject(asked.shape, device=self.device, dtype=dtype)
         self.model = self.subject.model
+        self.model.set_attn_implementation(record_attention.NAME)  # as packed recipes have it
         self.aligned = with_aligner(self.subject)
         small = asked.shape == "tiny"
         self.mix = SMALL_MIX if small else MIX

@@ -23,12 +23,14 @@ from .loading import load
 from .modeling_eve import EveForConditionalGeneration, EveModel
 from .patch_embedding_eve import EvePatchEmbedding
 from .processing_eve import EveProcessor
+from .record_attention import register as register_record_attention
 
 __version__ = "0.1.0"
 
 
 def register() -> None:
     """Registers the classes with the library's Auto classes; may be called again."""
+    register_record_attention()
     AutoConfig.register("eve", EveConfig, exist_ok=True)
     AutoModel.register(EveConfig, EveModel, exist_ok=True)
     # The parts of an encoder-based twin, which is an EVE model in everything else.

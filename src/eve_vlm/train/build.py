@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from eve_vlm import record_attention
 from eve_vlm.alignment_eve import EveForPreTraining
 from eve_vlm.configuration_eve import EveAlignmentConfig, EveConfig, EveVisionConfig
 from eve_vlm.data.records import Record, parts_of
@@ -86,7 +87,7 @@ def build_model(
             section.init_from,
             config=config,
             dtype=dtype,
-            attn_implementation=section.attn_implementation,
+            attn_implementation=attention_of(recipe),
             new=[r"aligner\."],
             **base_settings(recipe),
         )
@@ -94,7 +95,7 @@ def build_model(
         decoder_config(recipe)  # says if the recipe's text_config does not agree
         model = put_decoder(
             load_decoder(
-                section.decoder, dtype=dtype, attn_implementation=section.attn_implementation
+                section.decoder, dtype=dtype, attn_implementation=attention_of(recipe)
             ).model,
             processor,
             vision=EveVisionConfig(**asdict(section.vision)),
@@ -135,6 +136,16 @@ def build_model(
     return model
 
 
+def attention_of(recipe: Recipe) -> str:
+    """The decoder's attention: the recipe's, but `sdpa` goes record by record in packed rows.
+
+    Compiled layers keep `sdpa`: they would be compiled anew for every row's records.
+    """
+    named = recipe.model.attn_implementation
+    packed = recipe.data.packing is not None and not recipe.model.compile_layers
+    return record_attention.NAME if packed and named == "sdpa" else named
+
+
 def new_model(
     recipe: Recipe, text_config: dict, *, image_token_id: int, teacher_width: int | None
 ) -> EveForConditionalGeneration:
@@ -151,7 +162,7 @@ def new_model(
         projector_depth=_projector_depth(recipe),
     )
     cls = EveForConditionalGeneration if config.alignment_config is None else EveForPreTraining
-    return cls._from_config(config, attn_implementation=recipe.model.attn_implementation)
+    return cls._from_config(config, attn_implementation=attention_of(recipe))
 
 
 def _projector_depth(recipe: Recipe) -> int:
