@@ -2,7 +2,7 @@
 
 Independent side: the library's `DynamicCache`, which copies everything for each token, and answers
 over a growing cache. One thing a reader would get wrong: whether compiled code is right can be tested
-on a CPU, where the library compiles only if told by `compile_config`; whether it is fast cannot.
+on a CPU; whether a recording is, needs a GPU (`test_gpu.py`), and so does how fast either is.
 """
 
 import random
@@ -10,15 +10,17 @@ import threading
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache
+from torch._dynamo.testing import CompileCounter
+from transformers import DynamicCache
 
 import tiny
 from conversations import random_question
 from eve_vlm import EveVisionConfig
 from eve_vlm.decoders.initialize import initialize
+from eve_vlm.layer_taps_eve import layers_of
 from eve_vlm.serve.cache_rows import ROOM, GrowingCache, add_rows, keep_rows
 from eve_vlm.serve.engine import EveEngine, Sampling, user_message
-from eve_vlm.serve.static_rows import STEP, StaticRows
+from eve_vlm.serve.static_rows import STEP, StaticRows, Steps
 from small_decoders import decoder_folder
 
 SMALL = EveVisionConfig(
@@ -155,28 +157,91 @@ def test_newcomers_join_fixed_caches(model):
         assert reply.answer.token_ids == alone.token_ids
 
 
-def test_a_fixed_cache_is_lent_again():
-    """Compiled code belongs to its size and its place in memory."""
-    generator, cache, rows = torch.Generator().manual_seed(0), GrowingCache(), StaticRows()
-    assert rows.lend(cache, 5) is cache  # nothing in it yet
-    grow([cache, DynamicCache()], 2, 7, generator)
-    first = rows.lend(cache, 20)
-    place = first.layers[0].keys.data_ptr()
-    assert first.layers[0].keys.shape[2] == STEP and int(first.get_seq_length()) == 7
-    assert rows.lend(cache, STEP).layers[0].keys.data_ptr() == place
-    assert rows.lend(cache, STEP + 1).layers[0].keys.shape[2] == 2 * STEP
+def test_steps_are_kept_at_their_place():
+    """A recording belongs to its rows, its size and its place in memory."""
+    generator, cache, rows = (
+        torch.Generator().manual_seed(0),
+        GrowingCache(),
+        StaticRows(tiny.model()),
+    )
+    grow([cache, DynamicCache()], 3, 7, generator)
+    first = rows.steps(cache, 20)
+    place = first.cache.layers[0].keys.data_ptr()
+    assert first.cache.layers[0].keys.shape[::2] == (4, STEP)  # three rows take the place of four
+    assert rows.steps(cache, STEP) is first
+    larger = rows.steps(cache, STEP + 1)
+    assert larger.cache.layers[0].keys.shape[2] == 2 * STEP
+    assert larger.cache.layers[0].keys.data_ptr() != place  # the memory was too small for it
+    fewer = GrowingCache()
+    grow([fewer, DynamicCache()], 1, 7, generator)
+    assert (
+        rows.steps(fewer, 20).cache.layers[0].keys.data_ptr()
+        == larger.cache.layers[0].keys.data_ptr()
+    )
+
+
+def test_recorded_steps_run_ahead(model, monkeypatch):
+    """With a recording that is none, as the CPU has none: what the loop around it does."""
+
+    class Played:
+        def __init__(self, steps):
+            self.steps, self.logits = steps, torch.zeros(len(steps.ids), 300)
+
+        def replay(self):
+            self.logits.copy_(self.steps._step())
+
+    def recording(steps):
+        played.append(Played(steps))
+        return played[-1], played[-1].logits
+
+    played = []
+    monkeypatch.setattr(Steps, "_recording", recording)
+    growing, static = engines(model, tiny.processor(), keep_tokens=600)
+    static.static = StaticRows(model, record=True)
+    assert_alike(growing, static, batches=15, seed=2)
+    # Up to eight rows of two sizes, some again behind a move to larger memory; of 60 legs and more.
+    assert 0 < len(played) <= 12
+
+
+def test_one_layer_is_compiled_for_all(model):
+    """Answers as before, and no more graphs than numbers of rows and sizes; here without code."""
+    growing, static = engines(model, tiny.processor())
+    counter = CompileCounter()
+    static.static = StaticRows(model, compiled={"backend": counter, "dynamic": False})
+    batch = [user_message("What is this?", [tiny.picture(20, 30)])] * 2
+    for _ in range(2):
+        answers = [engine.answer(batch, max_new_tokens=6) for engine in (growing, static)]
+        tokens = [[one.token_ids for one in some] for some in answers]
+        assert tokens[0] == tokens[1]
+    assert counter.frame_count <= 2 < tiny.LAYERS * 2  # two rows, and one that is left
+    assert all("forward" not in vars(layer) for layer in layers_of(model.model.language_model))
+
+
+def test_logprobs_over_a_fixed_cache(model):
+    """Of each token its own, however early the next step begins."""
+    growing, static = engines(model, tiny.processor())
+    question = [user_message("What is this?", [tiny.picture(20, 30)])]
+    one, other = (
+        engine.answer(question, max_new_tokens=8, logprobs=2)[0] for engine in (growing, static)
+    )
+    assert [each.token_id for each in one.logprobs] == [each.token_id for each in other.logprobs]
+    for mine, theirs in zip(other.logprobs, one.logprobs, strict=True):
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)  # sums of another order
 
 
 @pytest.mark.slow
 def test_compiled_code_gives_the_same_answers(model):
-    """As on a GPU, but on the CPU; about a minute, nearly all of it compiling three shapes."""
-    growing, static = engines(model, tiny.processor())
-    told = CompileConfig(mode="default")
-    told._compile_all_devices = True  # the library's own way to try it where it does not compile
-    model.generation_config.compile_config = told
+    """As on a GPU, but on the CPU; about a minute, nearly all of it compiling."""
+    growing = EveEngine(model, tiny.processor())
+    static = EveEngine(model, tiny.processor(), static_cache=True, compile_steps=True)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     try:
         assert_alike(growing, static, batches=12)
     except torch._inductor.exc.InductorError as error:
         pytest.skip(f"code cannot be compiled here: {str(error).splitlines()[0]}")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+
+
+def test_compiled_steps_need_a_fixed_cache(model):
+    text = tiny.refused(lambda: EveEngine(model, tiny.processor(), compile_steps=True))
+    assert "static_cache=True" in text

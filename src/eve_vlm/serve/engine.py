@@ -30,6 +30,7 @@ from .reply import Answer, Piece, Reply
 from .running_batch import RunningBatch
 from .sampling import Sampling, TokenLogprob
 from .scoring import LogLikelihood, log_likelihood
+from .static_rows import StaticRows
 
 WORTH_A_BAR = 2  # rounds of a whole batch; below, nobody waits long enough for a progress bar
 
@@ -52,8 +53,9 @@ class EveEngine:
         keep_tokens: positions of earlier prompts and answers whose caches are kept, so that the
             next turn of a conversation reads only what is new; 0 keeps none, None as many as the
             model takes.
-        static_cache: makes tokens over a cache of fixed size, for which the library compiles code
-            on a GPU; on a CPU it gains nothing.
+        static_cache: makes tokens over a cache of fixed size; on a GPU a step is then recorded once
+            and played again (`static_rows.py`), on a CPU it gains nothing.
+        compile_steps: compiles the decoder's layers for it, which takes a minute once.
     """
 
     def __init__(
@@ -64,9 +66,13 @@ class EveEngine:
         batch_size: int = 32,
         keep_tokens: int | None = 0,
         static_cache: bool = False,
+        compile_steps: bool = False,
     ):
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
-        self.static_cache = static_cache
+        if compile_steps and not static_cache:
+            raise ValueError("compile_steps is for a cache of fixed size; give static_cache=True.")
+        settings: dict[str, Any] | None = {} if compile_steps else None
+        self.static = StaticRows(model, compiled=settings) if static_cache else None
         kept = self.max_length if keep_tokens is None else keep_tokens
         self.kept = PrefixStore(kept) if kept else None
         # One thread at a time uses the model and the kept caches.
@@ -260,7 +266,7 @@ class EveEngine:
     def batch(self, size: int) -> RunningBatch:
         """A batch without rows that answers as this engine does."""
         return RunningBatch(
-            self.model, size=size, never=self.never(), kept=self.kept, static=self.static_cache
+            self.model, size=size, never=self.never(), kept=self.kept, static=self.static
         )
 
     def encode(self, messages: Messages, sampling: Sampling | None = None) -> Prompt:

@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class RunningBatch:
     Args:
         never: ids that no answer holds.
         kept: where caches of finished rows go, for the next turn.
-        static: legs run over caches of fixed size, for which the library compiles code on a GPU.
+        static: makes the tokens of legs over caches of fixed size; None lets them grow.
     """
 
     def __init__(
@@ -72,12 +73,12 @@ class RunningBatch:
         size: int,
         never: Sequence[int] = (),
         kept: PrefixStore | None = None,
-        static: bool = False,
+        static: StaticRows | None = None,
     ):
         if size < 1:
             raise ValueError(f"batch_size is {size}; give at least 1.")
         self.model, self.size, self.never, self.kept = model, size, never, kept
-        self._static = StaticRows() if static else None
+        self._static = static
         self._waiting: deque[Reply] = deque()
         self._rows: Rows | None = None
         self._lock = threading.Lock()
@@ -242,19 +243,20 @@ class RunningBatch:
         """Makes tokens for all rows until `is_over`."""
         choosers = [reply.chooser for reply in rows.replies]
         remaining = max(reply.remaining for reply in rows.replies)
-        cache = rows.cache
-        if self._static is not None:
-            cache = self._static.lend(rows.cache, rows.input_ids.shape[1] + remaining)
+        more: dict[str, Any] = {}
+        if self._static is not None and rows.cache.layers:
+            # Log-probabilities of a token are gone when the next one's scores are there.
+            ahead = not any(chooser.wants_logprobs for chooser in choosers)
+            more["custom_generate"] = partial(self._static, ahead=ahead)
         rows.input_ids = self.model.generate(
             input_ids=rows.input_ids,
             attention_mask=rows.attention_mask,
-            **{CACHE: cache},
+            **{CACHE: rows.cache},
             generation_config=self.settings(max_new_tokens=remaining),
             logits_processor=LogitsProcessorList([ChooseTokens(choosers, self.never)]),
             stopping_criteria=StoppingCriteriaList([_Listener(self, rows.replies)]),
+            **more,
         )
-        if self._static is not None:
-            self._static.take_back(rows.cache)
         made = rows.input_ids.shape[1] - rows.attention_mask.shape[1]
         seen = torch.ones_like(rows.attention_mask[:, :1]).expand(-1, made)
         rows.attention_mask = torch.cat([rows.attention_mask, seen], dim=1)

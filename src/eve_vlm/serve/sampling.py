@@ -134,14 +134,16 @@ class ChooseTokens(LogitsProcessor):
     """
 
     def __init__(self, choosers: Sequence[Chooser], never: Sequence[int]):
-        self.choosers, self.never = choosers, list(never)
+        self.choosers = choosers
+        self.never = torch.tensor(list(never), dtype=torch.long)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores are (rows, vocabulary), float32, a copy that `generate` made for this."""
         for row, chooser in enumerate(self.choosers):
             if chooser.wants_logprobs:
                 chooser.logprobs = scores[row].log_softmax(-1)
-        scores[:, self.never] = -math.inf
+        self.never = self.never.to(scores.device)  # once: a list would be sent for each token
+        scores.index_fill_(1, self.never, -math.inf)
         for row, chooser in enumerate(self.choosers):
             if chooser.draws:
                 token = chooser.draw(scores[row : row + 1])

@@ -1,0 +1,193 @@
+"""How fast tokens are made, by the ways there are, beside the floor of a step.
+
+    python benchmarks/decode_speed.py --shape eve-7b --batch 1,8,32
+
+Ways: `growing` (a cache that grows), `fixed` (a cache of fixed size), `recorded` (its step recorded
+as a CUDA graph), `compiled` (recorded, each decoder layer compiled), `tuned` (compiled, every kernel
+tuned on this GPU) and, where it is asked for, `library` (`generate` with its own static cache, which
+it compiles by itself).  Without a GPU nothing is recorded.  Prints a table and one line of JSON.
+
+Easy to get wrong: scores of a half-precision model tie often, so ways that sum in another order make
+other tokens from some point on; `alike` says how many of the first are those of `growing`.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from eve_vlm.bench.answering import answer_case
+from eve_vlm.bench.measuring import Clock, Spread
+from eve_vlm.bench.roof import measured_roof
+from eve_vlm.bench.subjects import SHAPES, Subject
+from eve_vlm.bench.words import QUESTION, SQUARE, picture
+from eve_vlm.serve.engine import EveEngine, user_message
+from eve_vlm.serve.static_rows import StaticRows
+
+TUNED = {"coordinate_descent_tuning": True, "max_autotune": True}
+WAYS = ("growing", "fixed", "recorded", "compiled", "tuned")
+
+
+def engine_of(subject: Subject, edge: int, way: str) -> EveEngine:
+    """An engine that makes tokens this way."""
+    engine = subject.engine(edge)
+    if way == "growing":
+        return engine
+    compiled: dict[str, Any] | None = None
+    if way in ("compiled", "tuned"):
+        compiled = {"options": TUNED} if way == "tuned" else {}
+    record = False if way == "fixed" else None
+    engine.static = StaticRows(subject.model, record=record, compiled=compiled)
+    return engine
+
+
+def tokens_of(engine: EveEngine, pictures: Sequence[Any], number: int) -> list[list[int]]:
+    """What is answered about each picture."""
+    asked = [user_message(QUESTION, [one]) for one in pictures]
+    return [one.token_ids for one in engine.answer(asked, max_new_tokens=number)]
+
+
+def library_seconds(engine: EveEngine, pictures: Sequence[Any], number: int) -> dict[str, float]:
+    """Seconds of a token by `generate` over its own static cache, of pictures of one size.
+
+    From the difference of two lengths, so that reading the prompt is not in it.
+    """
+    prompts = [engine.encode(user_message(QUESTION, [one])) for one in pictures]
+    device, model = engine.model.device, engine.model
+    given = {
+        name: torch.cat([one.pictures_from(0)[name] for one in prompts]).to(device)
+        for name in ("pixel_values", "image_grid_thw")
+    }
+    ids = torch.stack([one.input_ids for one in prompts]).to(device)
+    clock, seconds = Clock(device), []
+
+    @torch.inference_mode()
+    def run(more: int) -> float:
+        started = clock()
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=more,
+            min_new_tokens=more,
+            do_sample=False,
+            cache_implementation="static",
+            **given,
+        )
+        return clock() - started
+
+    for _ in range(2):
+        run(number)
+        run(2)
+        seconds.append((run(number) - run(2)) / (number - 2))
+    return {"token": min(seconds)}
+
+
+def measured(
+    subject: Subject,
+    edge: int,
+    batches: Sequence[int],
+    ways: Sequence[str],
+    *,
+    number: int,
+    repeats: int,
+    clock: Clock,
+) -> list[dict[str, Any]]:
+    """Each way with each batch, one after the other: fixed caches of all of them would not fit."""
+    found, engines = [], {way: engine_of(subject, edge, way) for way in ways}
+    for batch in batches:
+        pictures = [picture(SQUARE, seed=index) for index in range(batch)]
+        growing: list[list[int]] = []
+        for way, engine in engines.items():
+            started = time.perf_counter()
+            tokens = tokens_of(engine, pictures, number)
+            prepared = time.perf_counter() - started
+            growing = tokens if way == "growing" else growing
+            case = answer_case(engine, edge, pictures, way, new_tokens=number)
+            times = [case.run(clock)["token"] for _ in range(repeats)]
+            if engine.static is not None:
+                engine.static.forget()
+            alike = [first_difference(*both) for both in zip(tokens, growing, strict=False)]
+            found.append(
+                {
+                    "way": way,
+                    "batch": batch,
+                    "seconds": Spread.of(times)._asdict(),
+                    "need": case.needs["token"]._asdict(),
+                    "first_run_seconds": prepared,
+                    "alike": sum(alike) / len(alike) if alike else None,
+                }
+            )
+    return found
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many of the first tokens are the same.
+
+    >>> first_difference([3, 4, 5], [3, 4, 6])
+    2
+    """
+    differ = (
+        place for place, both in enumerate(zip(one, other, strict=True)) if len(set(both)) > 1
+    )
+    return next(differ, len(one))
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="small", choices=SHAPES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="bfloat16 on a GPU, float32 elsewhere")
+    parser.add_argument("--longest-edge", type=int)
+    parser.add_argument("--batch", default="1,8,32")
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=2)
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    subject, clock = Subject(given.shape, device=device, dtype=dtype), Clock(device)
+    edge = given.longest_edge or subject.edges[0]
+    batches = [int(one) for one in given.batch.split(",")]
+    ways, library = given.ways.split(","), False
+    if "library" in ways:
+        ways.remove("library")
+        library = True
+    quick = given.shape == "tiny"
+    roof = measured_roof(clock, dtype, quick=quick)
+    settings = {"number": given.tokens, "repeats": given.repeats, "clock": clock}
+    figures = measured(subject, edge, batches, ways, **settings)
+    if library:
+        pictures = [picture(SQUARE, seed=index) for index in range(batches[0])]
+        started = time.perf_counter()
+        seconds = library_seconds(subject.engine(edge), pictures, given.tokens)["token"]
+        like = next(one for one in figures if one["batch"] == batches[0])
+        figures.append(
+            like
+            | {"way": "library", "seconds": Spread.of([seconds])._asdict(), "alike": None}
+            | {"first_run_seconds": time.perf_counter() - started}
+        )
+    print(f"{given.shape}, {edge} px, {dtype}, {torch.get_num_threads()} threads; {roof}")
+    print(
+        f"{'way':10} {'batch':>5} {'ms/token':>9} {'tokens/s':>9} {'of floor':>8} "
+        f"{'GB/s':>7} {'first run':>9} {'alike':>6}"
+    )
+    for one in figures:
+        need, seconds = one["need"], one["seconds"]["median"]
+        floor = max(need["flops"] / roof.flops, need["bytes"] / roof.bandwidth)
+        one |= {"floor_seconds": floor, "share": floor / seconds}
+        alike = "-" if one["alike"] is None else f"{one['alike']:.1f}"
+        print(
+            f"{one['way']:10} {one['batch']:5} {1e3 * seconds:9.3f} {one['batch'] / seconds:9.1f} "
+            f"{one['share']:8.1%} {need['bytes'] / seconds / 1e9:7.1f} "
+            f"{one['first_run_seconds']:8.1f}s {alike:>6}"
+        )
+    line = {"shape": given.shape, "edge": edge, "dtype": str(dtype), "device": str(device)}
+    print(json.dumps(line | {"roof": roof.as_data(), "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()
