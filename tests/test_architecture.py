@@ -294,6 +294,7 @@ OPTIONAL = (
     "prometheus_client",
     *("gradio", "torchao", "bitsandbytes", "vllm", "playwright"),
     *("liger_kernel", "cut_cross_entropy"),
+    *("ray", "faiss", "py3langid", "pyarrow"),
 )
 
 

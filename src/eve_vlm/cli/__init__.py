@@ -18,6 +18,7 @@ from .checking_data import check
 from .comparing import parity
 from .comparing_runs import compare_run
 from .conversing import converse
+from .curating import curate
 from .data import data_app
 from .evaluating import eval_app
 from .exporting import export, merge
@@ -63,7 +64,7 @@ def _root(
 # In the order of `eve --help`.
 COMMANDS = (
     *(init, train, report, compare_run, quickstart, ask, chat, demo, look, serve, parity),
-    *(inspect, fits, bench, reproduce, convert, merge, export, doctor),
+    *(inspect, fits, bench, reproduce, convert, merge, export, curate, doctor),
 )
 for command in COMMANDS:
     app.command()(command)

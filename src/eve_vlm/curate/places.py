@@ -1,0 +1,103 @@
+"""Where a picture lies, as columns of a table, and how it is opened from there.
+
+Every row says it in four columns, so that pixels are read when a stage needs them and never travel
+between stages.  Easy to get wrong: drawings (.svg) have no pixels of their own; they are rendered
+on white at the recipe's size, the same in every stage.
+"""
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from eve_vlm.data.picture_ref import PictureFile, PicturePart, PictureRef
+from eve_vlm.data.svg_drawing import draw_svg, on_white
+from eve_vlm.pictures import read_picture
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SVG = ".svg"
+Row = Mapping[str, Any]
+
+
+def row_schema() -> "pa.Schema":
+    """The columns that reading gives."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("source", pa.string()),
+            ("licence", pa.string()),
+            ("text", pa.string()),  # the words that came with the picture
+            ("path", pa.string()),  # of the file that holds it
+            ("member", pa.string()),  # its name in there, a column of Parquet, or its URL
+            ("offset", pa.int64()),  # bytes in the file; in Parquet the row group
+            ("length", pa.int64()),  # bytes; in Parquet the row of the group; null: a whole file
+        ]
+    )
+
+
+def picture_ref(row: Row) -> PictureRef:
+    """The picture of a row, not opened yet."""
+    if row["length"] is None:
+        return PictureFile(name=row["id"], path=row["path"])
+    if row["path"].endswith(".parquet"):
+        from eve_vlm.data.sources.parquet import PictureCell
+
+        return PictureCell(
+            name=row["id"],
+            path=row["path"],
+            group=row["offset"],
+            row=row["length"],
+            column=row["member"],
+        )
+    return PicturePart(name=row["id"], path=row["path"], offset=row["offset"], length=row["length"])
+
+
+def is_drawing(row: Row) -> bool:
+    """Whether it has to be rendered."""
+    return (row["member"] or row["path"]).lower().endswith(SVG)
+
+
+def read_bytes(row: Row) -> bytes:
+    """The bytes of the picture file of a row.
+
+    Raises:
+        ValueError: if they cannot be read.
+    """
+    return picture_ref(row).read()
+
+
+def open_bytes(data: bytes, row: Row, *, most_pixels: int, svg_size: int) -> Image.Image:
+    """A row's picture from its file's bytes, upright and in RGB.
+
+    Raises:
+        ValueError: if it cannot be opened.
+    """
+    if not is_drawing(row):
+        return read_picture(data, name=row["id"], max_pixels=most_pixels)
+    try:
+        return on_white(draw_svg(data.decode("utf-8"), width=svg_size))
+    except UnicodeDecodeError:
+        raise ValueError(f"{row['id']} is no text, so no drawing either; get it again.") from None
+
+
+def as_png(picture: Image.Image) -> bytes:
+    """A picture as a file that loses nothing."""
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+__all__ = [
+    "SVG",
+    "as_png",
+    "is_drawing",
+    "open_bytes",
+    "picture_ref",
+    "read_bytes",
+    "row_schema",
+]
