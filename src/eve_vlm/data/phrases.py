@@ -53,6 +53,11 @@ UNSEEN_WORDS = ("fun", "shop", "lake", "rain", "sweet", "job", "north", "sky")
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
+IRREGULAR = {
+    **{"goose": "geese", "mouse": "mice", "leaf": "leaves", "wolf": "wolves"},
+    **{"knife": "knives", "scarf": "scarves", "foot": "feet", "tooth": "teeth"},
+}
+"""Last words of names whose plural is made in another way."""
 
 # The first phrasing of each family is the default; {a} has the article, {s} is the plural.
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -112,9 +117,14 @@ def with_article(concept: str) -> str:
 
 
 def plural(concept: str) -> str:
-    """`cats`, `boxes`, `fish`."""
-    if concept == "fish":
+    """`cats`, `boxes`, `berries`, `maple leaves`, `fish`."""
+    if concept.endswith(("fish", "sheep")):
         return concept
+    for one, many in IRREGULAR.items():
+        if concept == one or concept.endswith(f" {one}"):
+            return concept.removesuffix(one) + many
+    if concept.endswith("y") and concept[-2:-1] not in "aeiou":
+        return f"{concept[:-1]}ies"
     return concept + ("es" if concept.endswith(("s", "x", "ch", "sh")) else "s")
 
 
