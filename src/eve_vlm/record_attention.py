@@ -97,6 +97,7 @@ def _records(
     return Records(tuple(bounds.diff().tolist()), bounds.int())
 
 
+@torch.compiler.disable  # where records end differs by batch, and code is not compiled for each
 def attend_by_record(
     module: nn.Module,
     query: torch.Tensor,
@@ -115,6 +116,7 @@ def attend_by_record(
     """
     if not isinstance(attention_mask, Records):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query, key, value = (_as_computed(states) for states in (query, key, value))
     if _in_one_kernel(query, value, **kwargs):
         return _varlen(query, key, value, attention_mask), None
     made, row, start = [], 0, 0
@@ -124,6 +126,12 @@ def attend_by_record(
         made.append(sdpa_attention_forward(module, *states, None, **kwargs)[0])
         row, start = (row, start + size) if start + size < query.shape[2] else (row + 1, 0)
     return torch.cat(made, 1).view(query.shape[0], query.shape[2], *made[0].shape[2:]), None
+
+
+def _as_computed(states: torch.Tensor) -> torch.Tensor:
+    """In autocast's type: queries and keys come back in float32 from being turned, values do not."""
+    kind = states.device.type
+    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
 
 
 def _in_one_kernel(
@@ -147,12 +155,12 @@ def _varlen(
 ) -> torch.Tensor:
     """All records at once: (B, H, T, D) to (B, T, H, D)."""
     groups = query.shape[1] // key.shape[1]
-    rows = [
+    q, k, v = (
         states.transpose(1, 2).flatten(0, 1)  # (B * T, H, D)
         for states in (query, repeat_kv(key, groups), repeat_kv(value, groups))
-    ]
-    longest = max(records.lengths)
-    made = varlen_attn(*rows, records.bounds, records.bounds, longest, longest, **CAUSAL)
+    )
+    longest, bounds = max(records.lengths), records.bounds
+    made: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **CAUSAL)
     return made.unflatten(0, (query.shape[0], -1))
 
 

@@ -9,12 +9,13 @@ teach the meaning.  Easy to get wrong: nothing is mirrored, since arrows, letter
 left have a name of their own; and neither flags nor what is called by a colour are made grey.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from PIL import Image, ImageEnhance, ImageFilter
 
 from eve_vlm.data.emoji_styles import PIXELS, STYLES, EmojiDrawing, emoji_drawings
+from eve_vlm.data.picture_ref import PictureRef
 from eve_vlm.data.records import Record
 from eve_vlm.data.rounds import Rounds
 from eve_vlm.data.source_options import REQUIRED, Shares, check_size, read_options
@@ -101,6 +102,13 @@ class EmojiSource:
 
     def __getitem__(self, index: int) -> Record:
         """Record `index`."""
+        return self._record(index, _picture)
+
+    def outline(self, index: int) -> Record:
+        """Record `index` for measuring, its picture not drawn."""
+        return self._record(index, lambda *_: PictureRef(name="", known_size=(PIXELS, PIXELS)))
+
+    def _record(self, index: int, picture: Callable[..., Image.Image | PictureRef]) -> Record:
         drawing, dice = self.drawing(index), Dice(*self._key, index)
         family = self._families.draw(dice.unit(), _families_of(drawing, self._families))
         question, answer = _words(drawing, family, dice)
@@ -111,7 +119,7 @@ class EmojiSource:
                 {"role": "user", "content": [{"type": "image"}, *texts]},
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ],
-            images=[_picture(drawing, self._split, dice)],
+            images=[picture(drawing, self._split, dice)],
             family=family,
             format="chat" if question else "plain",
         )

@@ -1,6 +1,7 @@
 """Sizes of all records in tokens and patches, measured once and kept, so that rows can be planned.
 
-Texts are tokenised and picture headers read, on all cores; no pixel is decoded.  Processes that
+Texts are tokenised and picture headers read, on all cores; no pixel is decoded, and pictures that
+are slow to draw are not drawn (`outline_of`).  Processes that
 train together on one machine measure once: the first does it, the others wait for its file and not
 inside a collective, which would time out.  Easy to get wrong: a size depends on the tokenizer, the
 template and the picture settings too, so all of them are part of the name under which it is kept.
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 from eve_vlm.data.encode import Encoder
 from eve_vlm.data.packing import Size
 from eve_vlm.data.sources import Mixture, Source
+from eve_vlm.data.sources.source import outline_of
 from eve_vlm.output_folder import written_whole
 
 logger = logging.getLogger(__name__)
@@ -116,7 +118,7 @@ class _Sizes:
 
     def __getitem__(self, index: int) -> Size:
         try:
-            return self.encoder.size(self.records[index])
+            return self.encoder.size(outline_of(self.records, index))
         except ValueError:
             return Size(1, 0)  # its reason is said when its turn comes in training
 

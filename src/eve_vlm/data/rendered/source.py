@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from PIL import Image
 
+from eve_vlm.data.picture_ref import PictureRef
 from eve_vlm.data.records import Record
 from eve_vlm.data.rendered.chart_figure import NEEDS_MATPLOTLIB, can_draw_charts, draw_chart
 from eve_vlm.data.rendered.charts import Chart, chart, number
@@ -22,6 +23,7 @@ from eve_vlm.data.rendered.page import Page, Question, draw_page
 from eve_vlm.data.rendered.sheet import SPLIT_KEYS
 from eve_vlm.data.rendered.vocabulary import PageSplit
 from eve_vlm.data.rendered.word_pictures import FAMILIES, GROUPS, WordPictures
+from eve_vlm.data.sources.source import outline_of
 from eve_vlm.data.splits import Dice
 
 RECORD_KEY = 64  # tells these dice from those of other generators with the same seed
@@ -104,6 +106,10 @@ class RenderedSource:
             raise IndexError("record index out of range")
         return self.records[index]
 
+    def outline(self, index: int) -> Record:
+        """Record `index` for measuring; pages and charts are not drawn."""
+        return outline_of(self.records, index)
+
 
 class Drawn(NamedTuple):
     """A generator of pictures with questions."""
@@ -142,6 +148,13 @@ class AskedPictures:
 
     def __getitem__(self, index: int) -> Record:
         """Record `index`."""
+        return self._record(index, self.drawn.picture)
+
+    def outline(self, index: int) -> Record:
+        """Record `index` for measuring, its picture not drawn."""
+        return self._record(index, _undrawn)
+
+    def _record(self, index: int, picture: Callable[[Any], Image.Image | PictureRef]) -> Record:
         layout = self.layout(index)
         dice = Dice(self._seed, RECORD_KEY, SPLIT_KEYS[self.split], index)
         family: Literal["transcript", "questions"]
@@ -153,7 +166,7 @@ class AskedPictures:
         return Record(
             id=f"{self.drawn.name}-{self.split}-{self._seed}-{index}",
             messages=_messages(turns),
-            images=[self.drawn.picture(layout)],
+            images=[picture(layout)],
             family=self.drawn.name if family == "questions" else f"{self.drawn.name}_transcript",
             format="plain" if family == "transcript" else "chat",
         )
@@ -200,6 +213,12 @@ def _messages(turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
+
+
+def _undrawn(layout: Any) -> PictureRef:
+    """Of a page or chart, the size alone."""
+    height, width = layout.canvas
+    return PictureRef(name="not drawn", known_size=(width, height))
 
 
 def _page_picture(page: Page) -> Image.Image:

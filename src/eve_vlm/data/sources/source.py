@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -38,6 +38,20 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str:
         """Changes when the records or their order change."""
+
+
+@runtime_checkable
+class Outlined(Protocol):
+    """Records that are slow to draw, and whose sizes are known before."""
+
+    def outline(self, index: int) -> Record:
+        """Record `index` for measuring: the same texts, and pictures that only know their size."""
+
+
+def outline_of(records: Any, index: int) -> Record:
+    """Record `index` for measuring, not drawn where that can be avoided."""
+    found: Record = records.outline(index) if isinstance(records, Outlined) else records[index]
+    return found
 
 
 def digest(*parts: Any) -> str:
@@ -169,6 +183,10 @@ class NamedSource:
             raise IndexError("record index out of range")
         return dataclasses.replace(self.records[index], source=self.name)
 
+    def outline(self, index: int) -> Record:
+        """Record `index` for measuring."""
+        return outline_of(self.records, index)
+
 
 def folder_of(path: str) -> str:
     """The folder or URL in which a file lies."""
@@ -180,8 +198,10 @@ __all__ = [
     "JoinedSource",
     "LlavaSource",
     "NamedSource",
+    "Outlined",
     "PartSource",
     "Source",
     "digest",
     "folder_of",
+    "outline_of",
 ]
