@@ -76,6 +76,7 @@ def _case(
     )
     encoded = [encode(record) for record in records(batch, stage)]
     inputs = batch_of(encoded, subject, packed=packed)
+    inputs.pop("attention_mask", None)  # the trainer hands on none: rows are padded at their end
     if with_teacher:
         inputs["teacher_features"] = teacher_features(aligned, inputs["image_grid_thw"])
     work = step_work(encoded, subject, aligned=aligned if with_teacher else None)

@@ -196,6 +196,9 @@ class EveTrainer(WholeCheckpoints):
         if features is not None:
             inputs["teacher_features"] = features
             inputs["num_images_in_batch"] = self._images_in_batch
+        # Rows are padded behind their end, where a causal decoder's labelled positions do not look;
+        # with a mask `sdpa` computes both halves of the square, and copies of grouped heads.
+        inputs.pop("attention_mask", None)
         if "label_groups" in inputs:
             inputs["num_groups"] = len(self.sources)
         loss, outputs = super().compute_loss(
