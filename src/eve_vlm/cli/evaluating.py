@@ -7,6 +7,7 @@ only the first may print, and all must agree on tasks and folders.
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -186,6 +187,56 @@ def tasks() -> None:
     typer.echo(in_columns(table, left=2))
     for name, members in SETS.items():
         typer.echo(f"{name}: {', '.join(members)}")
+
+
+@eval_app.command()
+def perplexity(
+    model: Annotated[str, typer.Argument(help="An EVE model folder or Hub id.")],
+    beside: Annotated[
+        str, typer.Option(help="What it was before: a folder that `eve init` made, for example.")
+    ],
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Conversations (JSON Lines, kind `messages`) instead of the shipped."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts scored together.", min=1)] = 16,
+    device: Device = None,
+    dtype: NumberType = None,
+    attention: AttentionKind = Attention.sdpa,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure whether a model still talks as its decoder did: perplexity of texts, beside another.
+
+    eve eval perplexity runs/eve-small/finetune-merged --beside runs/eve-small/base
+    """
+    import torch
+
+    from eve_vlm.eval.perplexity import plain_english, read_talks, text_perplexity
+    from eve_vlm.serve.engine import EveEngine
+
+    talks = plain_english() if texts is None else read_talks(texts)
+    engines = [
+        EveEngine.from_pretrained(
+            one,
+            device=device,
+            dtype=None if dtype is None else getattr(torch, dtype.value),
+            attn_implementation=attention.value,
+            batch_size=batch_size,
+        )
+        for one in (model, beside)
+    ]
+    found = text_perplexity(engines[0], engines[1], talks)
+    if as_json:
+        named = {name: asdict(getattr(found, name)) for name in ("model", "base", "worse")}
+        typer.echo(json.dumps(named | {"tokens": found.tokens, "texts": len(talks)}))
+        return
+    for name, one, unit in (
+        (model, found.model, ""),
+        (beside, found.base, ""),
+        ("worse by", found.worse, " %"),
+    ):
+        typer.echo(f"{name}  {one.value:.2f}{unit}  [{one.low:.2f}, {one.high:.2f}]")
+    typer.echo(f"{found.tokens:,} tokens of {len(talks):,} answers; 95 % intervals over answers.")
 
 
 @eval_app.command()
