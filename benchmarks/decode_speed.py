@@ -2,13 +2,14 @@
 
     python benchmarks/decode_speed.py --shape eve-7b --batch 1,8,32
 
-Ways: `growing` (a cache that grows), `fixed` (a cache of fixed size), `recorded` (its step recorded
-as a CUDA graph), `compiled` (recorded, each decoder layer compiled), `tuned` (compiled, every kernel
-tuned on this GPU) and, where it is asked for, `library` (`generate` with its own static cache, which
-it compiles by itself).  Without a GPU nothing is recorded.  Prints a table and one line of JSON.
+Ways: `growing` (a cache that grows), `fixed` (a cache of fixed size), `recorded` (its step is
+recorded as a CUDA graph), `compiled` (recorded, each decoder layer compiled), `tuned` (compiled,
+every kernel tuned on this GPU) and, where it is asked for, `library` (`generate` over its own
+static cache, which it compiles by itself).  Without a GPU nothing is recorded.  Prints a table and
+one line of JSON.
 
-Easy to get wrong: scores of a half-precision model tie often, so ways that sum in another order make
-other tokens from some point on; `alike` says how many of the first are those of `growing`.
+Easy to get wrong: scores of a half-precision model tie often, so ways that sum in another order
+make other tokens from some point on; `alike` says how many of the first are those of `growing`.
 """
 
 import argparse

@@ -129,7 +129,7 @@ def attend_by_record(
 
 
 def _as_computed(states: torch.Tensor) -> torch.Tensor:
-    """In autocast's type: queries and keys come back in float32 from being turned, values do not."""
+    """In autocast's type; turning leaves queries and keys, and not values, in float32."""
     kind = states.device.type
     return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
 

@@ -1,9 +1,10 @@
 """The model that is measured: a shape with random weights, or a folder with its own.
 
 Random weights cost what learnt ones cost, so a shape needs no download.  The decoder of `small` is
-that of SmolLM2-135M, of `eve-7b` that of Vicuna-7B; both have the published patch embedding.  Easy
-to get wrong: a larger picture needs another `size_multiple`, as the published models have it (28
-pixels at 672, 56 at 1344), or narrow pictures get other grids than theirs.
+that of SmolLM2-135M, of `eve-7b` that of Vicuna-7B; both have the published patch embedding, and
+`eve-small` the narrower one of the model that comes with this package.  Easy to get wrong: a larger
+picture needs another `size_multiple`, as the published models have it (28 pixels at 672, 56 at
+1344), or narrow pictures get other grids than theirs.
 """
 
 import copy
@@ -48,20 +49,23 @@ class Shape:
 
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SMOLLM2: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 SHAPES = {
-    "small": Shape(
-        text={
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "vocab_size": 49_152,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
-        },
-        vision={},
-        edges=(672, 1344),
+    "small": Shape(text=SMOLLM2, vision={}, edges=(672, 1344)),
+    "eve-small": Shape(
+        text=SMOLLM2,
+        vision={"hidden_size": 768, "num_attention_heads": 8},
+        edges=(336,),
+        teacher=1280,
     ),
     "eve-7b": Shape(text={"max_position_embeddings": 4096}, vision={}, edges=(672, 1344)),
     "tiny": Shape(
