@@ -6,6 +6,7 @@ on white *before* they are made smaller, since clip art has black under what is 
 """
 
 import io
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -70,7 +71,10 @@ def _opened(found: Found) -> Image.Image | LeftOut:
         except ValueError:  # what the renderer says of a size that it cannot find out
             return LeftOut("an SVG that the renderer does not read")
     try:
-        with Image.open(io.BytesIO(found.data) if found.data else found.path) as picture:
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(io.BytesIO(found.data) if found.data else found.path) as picture,
+        ):
             if picture.width * picture.height > MOST_PIXELS:
                 return LeftOut(f"more than {MOST_PIXELS // 1_000_000} megapixels")
             if max(picture.size) < LEAST:
