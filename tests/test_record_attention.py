@@ -4,12 +4,16 @@ Tolerances are relative to the largest entry: float32 sums in another order diff
 record that sees another one differs by 1e-2 and more (the tiny decoders' weights are large).
 """
 
+import itertools
+
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+import torch.nn.functional as F
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM
 
 import small_decoders
 import tiny
+from eve_vlm import record_attention
 from eve_vlm.record_attention import NAME, Records, records_of
 from eve_vlm.train.build import attention_of
 
@@ -99,10 +103,6 @@ def test_padded_rows_and_answers_go_the_old_way():
 
 def seen_by(family, **more):
     """What stood in the mask's place, layer by layer."""
-    from transformers import AttentionInterface
-
-    from eve_vlm import record_attention
-
     found = []
 
     def watched(module, query, key, value, attention_mask, **kwargs):
@@ -154,6 +154,28 @@ def test_what_looks_ahead_keeps_its_mask():
 def test_recipes_take_it_for_packed_rows(tmp_path, settings, expected):
     data = tiny.recipe_data(tiny.llava_file(tmp_path / "data", records=1), tmp_path / "run")
     assert attention_of(tiny.recipe(tmp_path / "recipe.yaml", data, *settings)) == expected
+
+
+def test_what_the_one_kernel_is_given(monkeypatch):
+    """In its place stands a loop over bounds, so that a machine without a GPU sees the layout."""
+
+    def loop(query, key, value, begins, ends, longest, other, **causal):
+        assert causal == record_attention.CAUSAL and longest == other == 21
+        assert torch.equal(begins, ends) and begins.dtype == torch.int32
+        made = []
+        for start, end in itertools.pairwise(begins.tolist()):
+            states = (each[start:end].transpose(0, 1)[None] for each in (query, key, value))
+            made.append(F.scaled_dot_product_attention(*states, is_causal=True)[0].transpose(0, 1))
+        return torch.cat(made)
+
+    ids, positions = packed_rows()
+    inputs = {"input_ids": ids, "position_ids": positions}
+    model = decoder("llama")
+    masked = run(model, "eager", **inputs)
+    monkeypatch.setattr(record_attention, "_in_one_kernel", lambda *args, **kwargs: True)
+    monkeypatch.setattr(record_attention, "varlen_attn", loop)
+    for one, other in zip(run(model, NAME, **inputs), masked, strict=True):
+        close(one, other)
 
 
 @pytest.mark.gpu

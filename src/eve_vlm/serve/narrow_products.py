@@ -26,19 +26,21 @@ SMALLEST = 2**18  # numbers in a matrix: smaller ones stay in the processor's ca
 def narrow_products(model: nn.Module) -> Iterator[None]:
     """Lets plain linear layers of a model take few rows in blocks for a while.
 
-    Layers with hooks, wrappers or other numbers than float32 on a CPU are left as they are.
+    Other classes of layers, and other numbers than float32 on a CPU, are left as they are.
     """
-    layers = [module for module in model.modules() if _gains(module)]
+    layers = [
+        module for module in model.modules() if isinstance(module, nn.Linear) and _gains(module)
+    ]
     for layer in layers:
-        layer.forward = _in_blocks(layer)
+        vars(layer)["forward"] = _in_blocks(layer)
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            del vars(layer)["forward"]
 
 
-def _gains(module: nn.Module) -> bool:
+def _gains(module: nn.Linear) -> bool:
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight
