@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from eve_vlm.data.picture_store import Drawn, LeftOut
 
 _SPACES = re.compile(r"\s+")
 _ARTICLE = re.compile(r"^(?:an?|the|some)\s+", re.IGNORECASE)
@@ -65,4 +64,4 @@ def name_in(caption: str) -> str:
     return _ARTICLE.sub("", caption.rstrip("."))
 
 
-__all__ = ["Drawn", "Found", "LeftOut", "name_in", "tidied"]
+__all__ = ["Found", "name_in", "tidied"]
