@@ -73,6 +73,8 @@ def test_no_held_out_word_or_number_is_written(asked, monkeypatch):
         if re.fullmatch(r"\d\d+", text):
             assert sum(map(int, text)) % 5, text  # a fifth of the numbers, by their sum of digits
     assert {"orchard", "window", "telegraph"} <= set(written)  # so the dictionary is used
+    assert asked["seen"] == set(SEEN_WORDS) <= set(written)
+    assert set(VOCABULARY["train"].long_words) <= set(written)
 
 
 def test_words_are_many_and_in_even_shares():
