@@ -7,6 +7,7 @@ teach nothing, so no test here asks what the scores are.
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -328,18 +329,13 @@ def test_what_is_done_is_kept_and_the_report_needs_results_alone(claim):
     text = (claim / "results" / "high_resolution-report.html").read_text(encoding="utf-8")
     assert "High resolution in the last stage alone" in text
     assert text.count("<svg") == 1
-    assert "http" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "")
+    assert not re.search(r'(src|href)="?(http|//)', text)  # nothing is fetched
 
 
-def test_a_failed_run_is_reported_and_the_others_go_on(claim, tmp_path, monkeypatch):
+def test_a_failed_run_is_reported_and_the_others_go_on(claim, tmp_path):
     """The folder of one stage holds something else, which training refuses."""
-    runs = made(tmp_path, ["low", "high_last"])
-    for run in runs:  # what the fixture trained already
-        for stage in run.stages:
-            target = tmp_path / stage.digest[:12]
-            if not target.exists() and stage is not runs[0].stages[-1]:
-                target.symlink_to(claim / stage.digest[:12])
-    bad = tmp_path / runs[0].stages[-1].digest[:12]
+    runs = made(claim, ["tap_4", "high_last"])  # of the other all is trained already
+    bad = claim / runs[0].stages[1].digest[:12]
     bad.mkdir()
     (bad / "notes.txt").write_text("mine")
     said = []
@@ -348,26 +344,41 @@ def test_a_failed_run_is_reported_and_the_others_go_on(claim, tmp_path, monkeypa
         runs, tmp_path / "results", logs=tmp_path / "logs", limits=limits, say=said.append
     )
     assert outcome.done == ["high_last-s0"]
-    assert outcome.left == ["low-s0"]
+    assert outcome.left == ["tap_4-s0"]
     (log,) = outcome.failed.values()
     assert "holds other files and no run" in Path(log).read_text()
     assert any("FAILED" in line for line in said)
 
 
-def test_the_time_limit_stops_and_the_next_call_goes_on(tmp_path):
+class Clock:
+    """Stands still until a process has logged a step, and then is far beyond every limit."""
+
+    def __init__(self, logs):
+        self.logs, self.sleep = logs, time.sleep
+
+    def monotonic(self):
+        texts = (file.read_text() for file in self.logs.glob("*.log"))
+        return 1e6 if any("pretrain: step" in text for text in texts) else 0.0
+
+
+def test_the_time_limit_stops_and_the_next_call_goes_on(tmp_path, monkeypatch):
     """A stage of thousands of steps is stopped, saves itself, and is not begun anew."""
     run = run_of(VARIANTS["scratch"], 0, work=tmp_path, scale=10.0)
-    segments = scheduling.segments_of([run])
-    assert [len(segment.stages) for segment in segments] == [2]
-    limits = scheduling.Limits(minutes=0.25)
+    assert [len(segment.stages) for segment in scheduling.segments_of([run])] == [2]
+    monkeypatch.setattr(scheduling, "time", Clock(tmp_path / "logs"))
+    limits = scheduling.Limits(minutes=1)
     arguments = {"logs": tmp_path / "logs", "limits": limits, "say": lambda _: None}
-    began = time.monotonic()
     outcome = scheduling.run_all([run], tmp_path / "results", **arguments)
-    assert outcome.left == ["scratch-s0"] and not outcome.failed
-    assert time.monotonic() - began < 15 + scheduling.SAVING
+    assert outcome.left == ["scratch-s0"]
+    assert not outcome.failed
     folder = tmp_path / run.stages[1].digest[:12]
-    steps = [int(found.name.split("-")[1]) for found in folder.glob("checkpoint-*")]
-    assert steps and 0 < max(steps) < run.stages[1].recipe.training["max_steps"]
+    (saved,) = (int(found.name.split("-")[1]) for found in folder.glob("checkpoint-*"))
+    assert 10 <= saved < run.stages[1].recipe.training["max_steps"]
+    for file in (tmp_path / "logs").glob("*.log"):
+        file.unlink()
+    scheduling.run_all([run], tmp_path / "results", **arguments)
+    again = [int(found.name.split("-")[1]) for found in folder.glob("checkpoint-*")]
+    assert max(again) > saved
 
 
 def test_results_of_two_scales_are_not_compared(tmp_path):
