@@ -16,7 +16,7 @@ import torch
 import step_counts
 import tiny
 from conversations import random_question
-from eve_vlm import load
+from eve_vlm import load, record_attention
 from eve_vlm.bench.measuring import Clock
 from eve_vlm.bench.roof import measured_roof
 from eve_vlm.layer_taps_eve import layers_of
@@ -26,7 +26,7 @@ from eve_vlm.serve.engine import EveEngine
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
-ATTENTIONS = ("sdpa", "eager", "flex_attention")
+ATTENTIONS = ("sdpa", "eager", "flex_attention", record_attention.NAME)
 # Sums in another order, through three layers with large weights: seen on a CPU between kernels 3e-6.
 SAME = 5e-5
 GRIDS = ((4, 4), (2, 3), (1, 4), (3, 3))
@@ -145,7 +145,7 @@ def test_packed_is_separate(attention, checkpointing):
     assert_same_step(together, (losses, gradients))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention", record_attention.NAME])
 def test_half_precision_is_near(attention):
     """bfloat16 autocast, as recipes train: 8 bits, so 2**-8 a rounding; three layers of a dozen
     roundings that add up as a walk: 2**-8 x sqrt(36) = 0.023 of the loss, and twice that here."""
@@ -226,11 +226,28 @@ def test_answers_are_those_of_a_cpu(static):
     plain.generation_config.eos_token_id = list(range(5, 300, 9))  # rows leave at many places
     there = EveEngine(copy.deepcopy(plain).to(GPU), tiny.processor(), static_cache=static)
     here = EveEngine(plain, tiny.processor())
-    for _ in range(2 if static else 20):
+    for _ in range(20):
         batch = [random_question(rng, turns=2) for _ in range(3)]
         answers = [one.answer(batch, max_new_tokens=6) for one in (here, there)]
         tokens = [[answer.token_ids for answer in some] for some in answers]
         assert tokens[0] == tokens[1]
+    if static:
+        recorded = [steps._graph is not None for steps in there.static._steps.values()]
+        assert recorded and all(recorded)
+
+
+def test_compiled_steps_are_those_of_a_cpu():
+    """Recorded and compiled: one or two shapes, as each is compiled on its own."""
+    plain, question = (
+        tiny.model(tiny.config(head_dim=32)),
+        random_question(random.Random(0), turns=2),
+    )
+    gpu = copy.deepcopy(plain).to(GPU)
+    there = EveEngine(gpu, tiny.processor(), static_cache=True, compile_steps=True)
+    [expected] = EveEngine(plain, tiny.processor()).answer([question], max_new_tokens=12)
+    for _ in range(2):
+        [answer] = there.answer([question], max_new_tokens=12)
+        assert answer.token_ids == expected.token_ids
 
 
 @pytest.mark.parametrize("kind", KINDS)

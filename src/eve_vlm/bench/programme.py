@@ -118,6 +118,7 @@ def run_bench(subject: Subject, settings: Settings, *, say: Say = lambda text: N
             "device": str(subject.device),
             "dtype": str(subject.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            "static_cache": subject.static_cache,
             **asdict(settings),
         },
         "load": load,

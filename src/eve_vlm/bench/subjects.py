@@ -23,6 +23,7 @@ from eve_vlm.loading import load_config, load_model, load_processor
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 from eve_vlm.processing_eve import EveProcessor
 from eve_vlm.serve.engine import EveEngine
+from eve_vlm.serve.static_rows import StaticRows
 
 from .paper import CLIP_L_336
 from .words import ANSWER, CAPTION, QUESTION
@@ -109,6 +110,7 @@ class Subject:
         name: of a shape, or a folder.
         model: a folder with weights; None gives the shape random ones.
         device, dtype: where it runs and in which numbers.
+        static_cache: answers over a cache of fixed size, one for all sizes of pictures.
     """
 
     def __init__(
@@ -118,7 +120,9 @@ class Subject:
         model: str | Path | None = None,
         device: torch.device,
         dtype: torch.dtype,
+        static_cache: bool = False,
     ):
+        self.static_cache = static_cache
         self.name, self.device, self.dtype = name if model is None else str(model), device, dtype
         self.folder = model if model is not None else None if name in SHAPES else name
         self.random = model is None
@@ -126,6 +130,7 @@ class Subject:
         self.tokenizer, self._pictures = self._words()
         self.config = self._config()
         self._model: EveForConditionalGeneration | None = None
+        self._static: StaticRows | None = None
 
     @property
     def edges(self) -> tuple[int, ...]:
@@ -158,7 +163,11 @@ class Subject:
 
     def engine(self, edge: int) -> EndlessEngine:
         """What users ask, for pictures of this size."""
-        return EndlessEngine(self.model, self.processor(edge))
+        engine = EndlessEngine(self.model, self.processor(edge))
+        if self.static_cache:
+            self._static = self._static or StaticRows(self.model)
+            engine.static = self._static
+        return engine
 
     def aligned_config(self) -> EveConfig:
         """The configuration with an aligner: its own, or one of the shape's sizes."""

@@ -68,6 +68,12 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer cases and rounds, to see that all works.")
     ] = False,
+    static_cache: Annotated[
+        bool,
+        typer.Option(
+            "--static-cache", help="Answer over a cache of fixed size; on a GPU steps are recorded."
+        ),
+    ] = False,
     table: Annotated[
         Table | None,
         typer.Option(help="Print the published table of costs beside formulas and times here."),
@@ -88,7 +94,7 @@ def bench(
 
     if table and only:
         raise ValueError("--table paper measures what its columns need; leave --only out.")
-    subject = _subject(model, shape, device, dtype)
+    subject = _subject(model, shape, device, dtype, static_cache)
     edges = _numbers(longest_edge, "--longest-edge") or subject.edges
     settings = Settings(
         edges=edges[:1] if quick and not longest_edge and not table else edges,
@@ -108,7 +114,11 @@ def bench(
 
 
 def _subject(
-    model: str | None, shape: str | None, device: str | None, dtype: Dtype | None
+    model: str | None,
+    shape: str | None,
+    device: str | None,
+    dtype: Dtype | None,
+    static_cache: bool,
 ) -> "Subject":
     """What is measured, and where.
 
@@ -127,7 +137,13 @@ def _subject(
         )
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     numbers = dtype.value if dtype else "float32" if place.type == "cpu" else "bfloat16"
-    return Subject(shape or "small", model=model, device=place, dtype=getattr(torch, numbers))
+    return Subject(
+        shape or "small",
+        model=model,
+        device=place,
+        dtype=getattr(torch, numbers),
+        static_cache=static_cache,
+    )
 
 
 def _measured(subject: "Subject", settings: "Settings") -> dict[str, Any]:
