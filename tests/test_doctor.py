@@ -104,7 +104,8 @@ def test_a_healthy_machine_passes(dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_healthy_gpu_passes(dtype):
-    assert all(row.passed for row in run_self_test("cuda:0", dtype, progress=False))
+    failed = [row for row in run_self_test("cuda:0", dtype, progress=False) if not row.passed]
+    assert not failed, failed
 
 
 def test_the_patch_embedding_is_float32_in_every_dtype():
