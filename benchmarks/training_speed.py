@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from eve_vlm import language_loss_eve
+from eve_vlm import language_loss_eve, pooled_attention_eve
 from eve_vlm.bench.measuring import Clock
 from eve_vlm.bench.roof import measured_roof
 from eve_vlm.bench.subjects import SHAPES, Subject
@@ -51,7 +51,7 @@ USUAL = {
     "lora": 0,
     "cast": True,
     "frozen": False,
-    "cells": 0,
+    "cells": 8192,
 }
 # What is tried unless --try says otherwise; the first is what the others are compared with.
 TRIED = {
@@ -64,6 +64,7 @@ TRIED = {
         {"tf32": True, "tokens": 65536},
         {"tf32": True, "tokens": 32768, "loss_mib": 2048},
         {"tf32": True, "tokens": 32768, "optim": "adamw"},
+        {"tf32": True, "tokens": 32768, "cells": 512},
         {"tf32": True, "tokens": 32768, "frozen": True},
         {"tf32": True, "tokens": 32768, "compile": True},
         {"tf32": True, "tokens": 32768, "checkpointing": True},
@@ -105,6 +106,7 @@ def prepared(subject: Subject, how: dict[str, Any], *, amp: bool) -> torch.nn.Mo
     model.set_attn_implementation(how["attention"])
     torch.set_float32_matmul_precision("high" if how["tf32"] else "highest")
     language_loss_eve.LOGIT_BYTES = how["loss_mib"] * 2**20
+    pooled_attention_eve.CELLS_ON_GPU = how["cells"]
     if how["lora"] and not any(".lora_" in name for name, _ in model.named_parameters()):
         section = LoraSection(rank=how["lora"], alpha=2 * how["lora"])
         stage = SimpleNamespace(trainable=["*"])

@@ -14,7 +14,7 @@ from benchmarks import decode_speed, training_speed
 from torch._dynamo.testing import CompileCounter
 
 import tiny
-from eve_vlm import language_loss_eve, record_attention
+from eve_vlm import language_loss_eve, pooled_attention_eve, record_attention
 from eve_vlm.bench.subjects import SHAPES
 from eve_vlm.layer_taps_eve import layers_of
 
@@ -23,7 +23,11 @@ from eve_vlm.layer_taps_eve import layers_of
 def run(monkeypatch, capsys):
     """A script's last line, as data, and what it printed."""
 
-    monkeypatch.setattr(language_loss_eve, "LOGIT_BYTES", language_loss_eve.LOGIT_BYTES)
+    for module, name in (
+        (language_loss_eve, "LOGIT_BYTES"),
+        (pooled_attention_eve, "CELLS_ON_GPU"),
+    ):
+        monkeypatch.setattr(module, name, vars(module)[name])
     precision = torch.get_float32_matmul_precision()
 
     def call(script, *arguments):
