@@ -21,15 +21,14 @@ from typing import Any
 import torch
 
 from eve_vlm.bench.answering import answer_case
-from eve_vlm.bench.measuring import Clock, Spread
-from eve_vlm.bench.roof import measured_roof
+from eve_vlm.bench.measuring import Clock, Need, Spread
+from eve_vlm.bench.roof import Roof, measured_roof
 from eve_vlm.bench.subjects import SHAPES, Subject
 from eve_vlm.bench.words import QUESTION, SQUARE, picture
 from eve_vlm.serve.engine import EveEngine, user_message
 from eve_vlm.serve.static_rows import StaticRows
 
 TUNED = {"coordinate_descent_tuning": True, "max_autotune": True}
-WAYS = ("growing", "fixed", "recorded", "compiled", "tuned")
 
 
 def engine_of(subject: Subject, edge: int, way: str) -> EveEngine:
@@ -51,11 +50,12 @@ def tokens_of(engine: EveEngine, pictures: Sequence[Any], number: int) -> list[l
     return [one.token_ids for one in engine.answer(asked, max_new_tokens=number)]
 
 
-def library_seconds(engine: EveEngine, pictures: Sequence[Any], number: int) -> dict[str, float]:
-    """Seconds of a token by `generate` over its own static cache, of pictures of one size.
+def by_library(engine: EveEngine, like: dict[str, Any], number: int) -> dict[str, Any]:
+    """The same by `generate` over its own static cache, of the smallest batch.
 
     From the difference of two lengths, so that reading the prompt is not in it.
     """
+    pictures = [picture(SQUARE, seed=index) for index in range(like["batch"])]
     prompts = [engine.encode(user_message(QUESTION, [one])) for one in pictures]
     device, model = engine.model.device, engine.model
     given = {
@@ -63,7 +63,7 @@ def library_seconds(engine: EveEngine, pictures: Sequence[Any], number: int) -> 
         for name in ("pixel_values", "image_grid_thw")
     }
     ids = torch.stack([one.input_ids for one in prompts]).to(device)
-    clock, seconds = Clock(device), []
+    clock = Clock(device)
 
     @torch.inference_mode()
     def run(more: int) -> float:
@@ -79,49 +79,40 @@ def library_seconds(engine: EveEngine, pictures: Sequence[Any], number: int) -> 
         )
         return clock() - started
 
-    for _ in range(2):
-        run(number)
-        run(2)
-        seconds.append((run(number) - run(2)) / (number - 2))
-    return {"token": min(seconds)}
+    prepared = run(number) + run(2)
+    seconds = [(run(number) - run(2)) / (number - 2) for _ in range(2)]
+    found = {"seconds": Spread.of(seconds)._asdict(), "first_run_seconds": prepared}
+    return like | found | {"alike": None}
 
 
 def measured(
-    subject: Subject,
+    engine: EveEngine,
     edge: int,
-    batches: Sequence[int],
-    ways: Sequence[str],
+    batch: int,
+    growing: dict[int, list[list[int]]],
     *,
     number: int,
     repeats: int,
     clock: Clock,
-) -> list[dict[str, Any]]:
-    """Each way with each batch, one after the other: fixed caches of all of them would not fit."""
-    found, engines = [], {way: engine_of(subject, edge, way) for way in ways}
-    for batch in batches:
-        pictures = [picture(SQUARE, seed=index) for index in range(batch)]
-        growing: list[list[int]] = []
-        for way, engine in engines.items():
-            started = time.perf_counter()
-            tokens = tokens_of(engine, pictures, number)
-            prepared = time.perf_counter() - started
-            growing = tokens if way == "growing" else growing
-            case = answer_case(engine, edge, pictures, way, new_tokens=number)
-            times = [case.run(clock)["token"] for _ in range(repeats)]
-            if engine.static is not None:
-                engine.static.forget()
-            alike = [first_difference(*both) for both in zip(tokens, growing, strict=False)]
-            found.append(
-                {
-                    "way": way,
-                    "batch": batch,
-                    "seconds": Spread.of(times)._asdict(),
-                    "need": case.needs["token"]._asdict(),
-                    "first_run_seconds": prepared,
-                    "alike": sum(alike) / len(alike) if alike else None,
-                }
-            )
-    return found
+) -> dict[str, Any]:
+    """One way with one batch; the first way's tokens are kept in `growing`, to compare with."""
+    pictures = [picture(SQUARE, seed=index) for index in range(batch)]
+    started = time.perf_counter()
+    tokens = tokens_of(engine, pictures, number)
+    prepared = time.perf_counter() - started
+    case = answer_case(engine, edge, pictures, "", new_tokens=number)
+    times = [case.run(clock)["token"] for _ in range(repeats)]
+    if engine.static is not None:
+        engine.static.forget()  # fixed caches of all ways would not fit
+    pairs = zip(tokens, growing.setdefault(batch, tokens), strict=True)
+    alike = [first_difference(*both) for both in pairs]
+    return {
+        "batch": batch,
+        "seconds": Spread.of(times)._asdict(),
+        "need": case.needs["token"]._asdict(),
+        "first_run_seconds": prepared,
+        "alike": sum(alike) / len(alike),
+    }
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
@@ -144,50 +135,58 @@ def main() -> None:
     parser.add_argument("--dtype", help="bfloat16 on a GPU, float32 elsewhere")
     parser.add_argument("--longest-edge", type=int)
     parser.add_argument("--batch", default="1,8,32")
-    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--ways", default="growing,recorded,compiled,fixed,tuned")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=100.0, help="begin nothing new after it")
     given = parser.parse_args()
     device = torch.device(given.device)
     dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     subject, clock = Subject(given.shape, device=device, dtype=dtype), Clock(device)
     edge = given.longest_edge or subject.edges[0]
     batches = [int(one) for one in given.batch.split(",")]
-    ways, library = given.ways.split(","), False
-    if "library" in ways:
-        ways.remove("library")
-        library = True
-    quick = given.shape == "tiny"
-    roof = measured_roof(clock, dtype, quick=quick)
-    settings = {"number": given.tokens, "repeats": given.repeats, "clock": clock}
-    figures = measured(subject, edge, batches, ways, **settings)
-    if library:
-        pictures = [picture(SQUARE, seed=index) for index in range(batches[0])]
-        started = time.perf_counter()
-        seconds = library_seconds(subject.engine(edge), pictures, given.tokens)["token"]
-        like = next(one for one in figures if one["batch"] == batches[0])
-        figures.append(
-            like
-            | {"way": "library", "seconds": Spread.of([seconds])._asdict(), "alike": None}
-            | {"first_run_seconds": time.perf_counter() - started}
-        )
+    roof = measured_roof(clock, dtype, quick=given.shape == "tiny")
     print(f"{given.shape}, {edge} px, {dtype}, {torch.get_num_threads()} threads; {roof}")
     print(
-        f"{'way':10} {'batch':>5} {'ms/token':>9} {'tokens/s':>9} {'of floor':>8} "
-        f"{'GB/s':>7} {'first run':>9} {'alike':>6}"
+        f"{'way':10} {'batch':>5} {'ms/token':>9} {'tokens/s':>9} {'of floor':>8} {'GB/s':>7} "
+        f"{'first run':>9} {'alike':>6}",
+        flush=True,
     )
-    for one in figures:
-        need, seconds = one["need"], one["seconds"]["median"]
-        floor = max(need["flops"] / roof.flops, need["bytes"] / roof.bandwidth)
-        one |= {"floor_seconds": floor, "share": floor / seconds}
-        alike = "-" if one["alike"] is None else f"{one['alike']:.1f}"
-        print(
-            f"{one['way']:10} {one['batch']:5} {1e3 * seconds:9.3f} {one['batch'] / seconds:9.1f} "
-            f"{one['share']:8.1%} {need['bytes'] / seconds / 1e9:7.1f} "
-            f"{one['first_run_seconds']:8.1f}s {alike:>6}"
-        )
+    figures: list[dict[str, Any]] = []
+    growing: dict[int, list[list[int]]] = {}
+    begun = time.perf_counter()
+    for way in given.ways.split(","):
+        engine = engine_of(subject, edge, "growing" if way == "library" else way)
+        for batch in batches[:1] if way == "library" else batches:
+            if time.perf_counter() - begun > given.seconds:
+                print(f"left out, as {given.seconds:.0f} s are over: {way} with {batch}")
+                continue
+            if way == "library":
+                one = by_library(engine, figures[0], given.tokens)
+            else:
+                one = measured(
+                    *(engine, edge, batch, growing),
+                    number=given.tokens,
+                    repeats=given.repeats,
+                    clock=clock,
+                )
+            figures.append(one | {"way": way})
+            show(figures[-1], roof)
     line = {"shape": given.shape, "edge": edge, "dtype": str(dtype), "device": str(device)}
     print(json.dumps(line | {"roof": roof.as_data(), "figures": figures}))
+
+
+def show(one: dict[str, Any], roof: Roof) -> None:
+    """A line of the table; adds the share of the floor."""
+    need, seconds = Need(**one["need"]), one["seconds"]["median"]
+    one |= {"floor_seconds": roof.floor(need), "share": roof.floor(need) / seconds}
+    alike = "-" if one["alike"] is None else f"{one['alike']:.1f}"
+    print(
+        f"{one['way']:10} {one['batch']:5} {1e3 * seconds:9.3f} {one['batch'] / seconds:9.1f} "
+        f"{one['share']:8.1%} {need.bytes / seconds / 1e9:7.1f} "
+        f"{one['first_run_seconds']:8.1f}s {alike:>6}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

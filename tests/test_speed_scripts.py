@@ -48,7 +48,7 @@ def test_decode_speed(run):
         *("--tokens", "6", "--repeats", "1", "--device", "cpu"),
     )
     assert [(one["way"], one["batch"]) for one in data["figures"]] == [
-        *((way, batch) for batch in (1, 3) for way in ("growing", "fixed", "recorded")),
+        *((way, batch) for way in ("growing", "fixed", "recorded") for batch in (1, 3)),
         ("library", 1),
     ]
     assert {one["alike"] for one in data["figures"]} == {6.0, None}
