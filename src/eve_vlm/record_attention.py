@@ -119,13 +119,16 @@ def attend_by_record(
     query, key, value = (_as_computed(states) for states in (query, key, value))
     if _in_one_kernel(query, value, **kwargs):
         return _varlen(query, key, value, attention_mask), None
-    made, row, start = [], 0, 0
-    for size in attention_mask.lengths:
-        part = (slice(row, row + 1), slice(None), slice(start, start + size))
-        states = [each[part] for each in (query, key, value)]
-        made.append(sdpa_attention_forward(module, *states, None, **kwargs)[0])
-        row, start = (row, start + size) if start + size < query.shape[2] else (row + 1, 0)
-    return torch.cat(made, 1).view(query.shape[0], query.shape[2], *made[0].shape[2:]), None
+    # Split, not cut out one by one: the way back of each cut would be as long as all rows.
+    parts = [
+        states.transpose(0, 1).flatten(1, 2)[None].split(attention_mask.lengths, 2)
+        for states in (query, key, value)
+    ]  # (1, H, length, D) each
+    made = [
+        sdpa_attention_forward(module, *states, None, **kwargs)[0]
+        for states in zip(*parts, strict=True)
+    ]
+    return torch.cat(made, 1).unflatten(1, (query.shape[0], -1))[0], None
 
 
 def _as_computed(states: torch.Tensor) -> torch.Tensor:

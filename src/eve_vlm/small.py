@@ -1,8 +1,8 @@
 """`eve small train`: all that makes `eve-small`, in one command that goes on where it stopped.
 
-A base is made from the asset `smollm2`, its decoder answers some thousand prompts without a picture,
-the three recipes in `recipes/eve_small` run one after the other, and what their adapters learnt is
-merged into a plain folder after each.  Easy to get wrong:
+A base is made from the asset `smollm2`, its decoder answers some thousand prompts without a
+picture, the three recipes in `recipes/eve_small` run one after the other, and what their adapters
+learnt is merged into a plain folder after each.  Easy to get wrong:
 nothing is fetched here, so that a machine without a network says at once what it lacks and not in
 the middle of the second stage.
 """
@@ -206,7 +206,7 @@ def _make_base(first: Recipe, base: Path | None, say: Callable[[str], object]) -
 
 
 def _make_texts(file: Path, say: Callable[[str], object]) -> None:
-    """Conversations of the decoder itself, unless the file is there; begun ones are gone on with."""
+    """Conversations of the decoder itself, unless the file is there; goes on with begun ones."""
     if file.is_file():
         return
     gpu, part = torch.cuda.is_available(), file.with_name(f"begun-{file.name}")

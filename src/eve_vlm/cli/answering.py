@@ -34,7 +34,7 @@ ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="A model folder or Hub id; without it the last quickstart run is taken.",
+        help="A model folder or Hub id; without it eve-small, see docs/small.md.",
     ),
 ]
 Device = Annotated[

@@ -36,6 +36,7 @@ from .answering import (
     open_engine,
     show,
 )
+from .default import default_model
 
 if TYPE_CHECKING:
     from eve_vlm.serve.asking.answer_files import AnswerFile
@@ -110,7 +111,6 @@ def ask(
     asks about each picture separately.
     """
     names, text = _names_and_question(words or [], question_file)
-    from eve_vlm.quickstart import last_quickstart_model
     from eve_vlm.serve.asking.picture_answers import Question
     from eve_vlm.serve.asking.picture_sources import find_pictures
     from eve_vlm.serve.sampling import Sampling
@@ -131,7 +131,7 @@ def ask(
     if stream and (many or as_json or n > 1 or beams > 1):
         raise ValueError("--stream prints a single answer while it comes; leave it out here.")
     question.messages([source.name for source in sources[: 1 if many else None]])  # empty? marks?
-    name = model or str(last_quickstart_model())
+    name = model or default_model()
     load = partial(
         open_engine, name, device=device, dtype=dtype, attention=attention, quantize=quantize
     )

@@ -36,6 +36,7 @@ from .answering import (
     open_engine,
     show,
 )
+from .default import default_model
 
 if TYPE_CHECKING:
     from eve_vlm.serve.asking.conversation import Conversation
@@ -70,7 +71,6 @@ def chat(
 
     Lines are questions; /image cat.png adds a picture to the next one, /help lists the commands.
     """
-    from eve_vlm.quickstart import last_quickstart_model
     from eve_vlm.serve.asking.conversation import Conversation
     from eve_vlm.serve.asking.terminal_picture import colours_of
     from eve_vlm.serve.sampling import Sampling
@@ -83,7 +83,7 @@ def chat(
         seed=seed,
         max_image_tokens=max_image_tokens,
     )
-    name = model or str(last_quickstart_model())
+    name = model or default_model()
     engine = open_engine(
         name,
         device=device,

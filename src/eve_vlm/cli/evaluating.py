@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from .answering import Attention, AttentionKind, Device, NumberType, Quantize, public_name
 from .data import in_columns
+from .default import default_model
 from .options import Dtype, FewerBits
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def run(
         typer.Argument(
             metavar="[NAME=]MODEL",
             help="Model folders or Hub ids, EVE or any image-text-to-text model of transformers; "
-            "the last quickstart run if none is given.",
+            "eve-small if none is given.",
         ),
     ] = None,
     tasks: TaskNames = "offline",
@@ -114,10 +115,9 @@ def run(
     from eve_vlm.eval.registry import TaskOptions
     from eve_vlm.eval.runner import RunSettings
     from eve_vlm.eval.tables import notes, score_table
-    from eve_vlm.quickstart import last_quickstart_model
 
     results = run_evaluation(
-        _named(models or [str(last_quickstart_model())]),
+        _named(models or [default_model()]),
         tasks.split(","),
         output,
         open_model=_opener(device, dtype, attention, quantize, batch_size),

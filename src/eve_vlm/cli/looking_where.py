@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .answering import MaxNewTokens, ModelName, show
+from .default import default_model
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,14 +76,13 @@ def look(
     *files, question = what
     _check(files, question, out, numbers)
     from eve_vlm.pictures import open_picture
-    from eve_vlm.quickstart import last_quickstart_model
     from eve_vlm.serve.engine import EveEngine, user_message
     from eve_vlm.serve.looking.attention_map import look as look_where
     from eve_vlm.serve.looking.attention_picture import draw_map, save_map
 
     pictures = [open_picture(file) for file in files]
     messages = user_message(question, pictures)
-    engine = EveEngine.from_pretrained(model or last_quickstart_model())
+    engine = EveEngine.from_pretrained(model or default_model())
     whole = numbers is not None and numbers.suffix.lower() == ".npz"
     maps = look_where(
         engine,

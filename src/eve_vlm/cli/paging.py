@@ -24,6 +24,7 @@ from .answering import (
     open_engine,
     public_name,
 )
+from .default import default_model
 from .serving import Host, Port
 
 if TYPE_CHECKING:
@@ -59,12 +60,11 @@ def demo(
         raise ValueError(
             'eve demo needs gradio, which is not installed; run: pip install "eve-vlm[page]".'
         )
-    from eve_vlm.quickstart import last_quickstart_model
     from eve_vlm.serve.http.running import bound, is_loopback, url_of
     from eve_vlm.serve.page.server import allowed_hosts, make_server, page_app
     from eve_vlm.serve.worker import Worker
 
-    name = model or str(last_quickstart_model())
+    name = model or default_model()
     with bound(host, port) as sock:  # before minutes of loading
         engine = open_engine(
             name,

@@ -21,6 +21,7 @@ from .answering import (
     open_engine,
     public_name,
 )
+from .default import default_model
 
 if TYPE_CHECKING:
     from eve_vlm.serve.http.app import Service
@@ -35,7 +36,7 @@ def _limit(name: str, about: str, *, least: float = 1, metavar: str | None = Non
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="A model folder or Hub id; the last quickstart run if left out."),
+    typer.Argument(help="A model folder or Hub id; eve-small if left out."),
 ]
 Host = Annotated[
     str, typer.Option("--host", help="Where to listen; by default only this machine reaches it.")
@@ -148,7 +149,6 @@ def serve(
     Requests that wait together are answered together. docs/serve.md has an example for Python.
     """
     _require_packages()
-    from eve_vlm.quickstart import last_quickstart_model
     from eve_vlm.serve.http.app import Service
     from eve_vlm.serve.http.limits import Limits
     from eve_vlm.serve.http.running import bound, make_server, require_key, url_of
@@ -167,7 +167,7 @@ def serve(
         seconds=time_limit,
         fetch=fetch,
     )
-    folder, keys = model or str(last_quickstart_model()), api_key or []
+    folder, keys = model or default_model(), api_key or []
     with bound(host, port) as sock:  # before minutes of loading
         require_key(sock, keys, without_key=without_key)
         engine = open_engine(

@@ -33,8 +33,11 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is missing and how many steps there are.")
     ] = False,
+    packing: Annotated[
+        bool, typer.Option("--pack/--no-pack", help="Pack what was trained into OUTPUT/packed.")
+    ] = True,
 ) -> None:
-    """Train eve-small in its three stages; goes on where it stopped and fetches nothing.
+    """Train eve-small in three stages and pack it; goes on where it stopped and fetches nothing.
 
     eve small train --output runs/eve-small --steps-scale 0.5
     """
@@ -54,6 +57,41 @@ def train(
             output, steps_scale=steps_scale, overrides=overrides or (), say=tell
         )
     typer.echo(f"{model} is trained.")
+    if packing:
+        _pack(output, output / "packed", None)
+
+
+@small_app.command()
+def pack(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished `eve small train`.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the files; where the package has its own.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of `eve eval`, for the scores of the card.")
+    ] = None,
+) -> None:
+    """Write what is shipped of a trained eve-small: weights of at most 40 MB, facts and card.
+
+    eve small pack runs/eve-small --results runs/eval
+    """
+    from eve_vlm.default_model.assembling import SHIPPED
+
+    _pack(run, out or SHIPPED, results)
+
+
+def _pack(run: Path, out: Path, results: Path | None) -> None:
+    from eve_vlm import small
+    from eve_vlm.default_model.packing import pack as pack_model
+
+    folders = [Path(recipe.output_dir) for recipe in small.stage_recipes(run)]
+    trained = small.merged_folder(small.stage_recipes(run)[-1])
+    done = pack_model(trained, run / small.BASE, folders, out=out, results=results)
+    made = done.difference
+    typer.echo(
+        f"{made.file} has {made.bytes / 1e6:.1f} MB and {made.kept:.2%} of the change of "
+        f"{len(made.ranks)} decoder matrices (sum of squares)."
+    )
 
 
 __all__ = ["small_app"]

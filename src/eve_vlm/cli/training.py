@@ -60,13 +60,31 @@ def quickstart(
 ) -> None:
     """Train a small model from nothing in three stages, on real pictograms, and let it answer.
 
-    Takes about ten minutes on two CPU cores and leaves report.html in the folder.
+    Takes about ten minutes on two CPU cores and leaves report.html in the folder.  Before that
+    eve-small, which is trained already, answers about a few pictures.
     """
     from eve_vlm.quickstart import run_quickstart
 
+    _introduce(output / "eve-small")
     with stops_tidily():
         summary = run_quickstart(output, seed=seed)
     typer.echo(summary)
+
+
+def _introduce(folder: Path) -> None:
+    """Shows what the default model says of a few pictures; without it, says so in a line."""
+    from eve_vlm.default_model.examples import answered_examples
+
+    from .default import eve_small
+
+    try:
+        shown = answered_examples(eve_small(), folder)
+    except ValueError as error:
+        tell(f"eve-small is not shown: {error}")
+        return
+    typer.echo(f"eve-small, trained before, about pictures that it has not seen ({folder}):")
+    for one in shown:
+        typer.echo(f"  {one.file.name}  {one.question}  {one.answer}  (it is: {one.truth})")
 
 
 @contextmanager

