@@ -25,7 +25,7 @@ from eve_vlm.flops import (
     terms_of_config,
     work_of,
 )
-from eve_vlm.peaks import GPUS, gpu_peak, measured_peak
+from eve_vlm.peaks import GPUS, gpu_peak, measured_peak, peak_of
 from eve_vlm.train.meter import Meter, counts_of
 from small_decoders import FAMILIES, decoder_folder
 
@@ -286,6 +286,20 @@ def test_types_have_peaks_of_their_own():
     assert gpu_peak(a100, torch.float32, tf32=True).flops == 156e12
     assert gpu_peak("Tesla V100-SXM2-16GB", torch.float16).flops == 125e12
     assert gpu_peak("Tesla V100-SXM2-16GB", torch.float32, tf32=True).flops == 15.7e12
+
+
+@pytest.mark.parametrize("name", ["tf32", "ieee"])
+def test_precision_by_its_newer_name(name, monkeypatch):
+    """As transformers sets it for `training.tf32`; torch's older question fails behind that."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, name
+    try:
+        found = peak_of(torch.device("cuda", 0), torch.float32)
+    finally:
+        products.fp32_precision = before
+    assert found == gpu_peak("NVIDIA A100-SXM4-80GB", torch.float32, tf32=name == "tf32")
+    assert torch.get_float32_matmul_precision() == "highest"  # other tests find it as it was
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,9 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> Peak | None:
         return measured_peak(dtype)
     if device.type != "cuda":
         return None
-    tf32 = torch.get_float32_matmul_precision() != "highest"
+    # Not `torch.get_float32_matmul_precision`, which fails where this name was used to set it, as
+    # transformers does for `training.tf32`.
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return gpu_peak(torch.cuda.get_device_name(device), dtype, tf32=tf32)
 
 
