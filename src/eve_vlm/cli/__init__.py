@@ -70,9 +70,9 @@ for command in COMMANDS:
     app.command()(command)
 data_app.command()(check)
 data_app.command()(converse)
+data_app.command()(features)
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
-data_app.command()(features)
 app.add_typer(assets_app, name="assets")
 app.add_typer(small_app, name="small")
 

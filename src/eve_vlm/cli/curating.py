@@ -66,7 +66,9 @@ def curate(
     from eve_vlm.curate.page import write_curation_report
     from eve_vlm.curate.run import curate as run
 
-    result = run(loaded, only=only, begin=begin, address=address, cores=cores, progress=_Lines())
+    result = run(
+        loaded, only=only, begin=begin, address=address, cores=cores, progress=_Lines(), say=_say
+    )
     page = write_curation_report(loaded)
     typer.echo(
         f"{result.folder}: {result.kept:,} of {result.read:,} pictures are kept; {result.made:,} "
@@ -95,6 +97,10 @@ def _resolved(recipe: "CurateRecipe") -> str:
     import yaml
 
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 class _Lines:
