@@ -4,9 +4,9 @@
 
 Ways: `growing` (a cache that grows), `fixed` (a cache of fixed size), `recorded` (its step is
 recorded as a CUDA graph), `compiled` (recorded, each decoder layer compiled), `tuned` (compiled,
-every kernel tuned on this GPU) and, where it is asked for, `library` (`generate` over its own
-static cache, which it compiles by itself).  Without a GPU nothing is recorded.  Prints a table and
-one line of JSON.
+every kernel tuned on this GPU); the last three with `joined-` in front, behind all others, with
+products of one input joined; and `library` (`generate` over its own static cache, which it compiles
+by itself).  Without a GPU nothing is recorded.  Prints a table and one line of JSON.
 
 Easy to get wrong: scores of a half-precision model tie often, so ways that sum in another order
 make other tokens from some point on; `alike` says how many of the first are those of `growing`.
@@ -26,9 +26,11 @@ from eve_vlm.bench.roof import Roof, measured_roof
 from eve_vlm.bench.subjects import SHAPES, Subject
 from eve_vlm.bench.words import QUESTION, SQUARE, picture
 from eve_vlm.serve.engine import EveEngine, user_message
+from eve_vlm.serve.joined_products import join_products
 from eve_vlm.serve.static_rows import StaticRows
 
-TUNED = {"coordinate_descent_tuning": True, "max_autotune": True}
+TUNED = {"coordinate_descent_tuning": True}
+WAYS = "growing,recorded,compiled,joined-recorded,joined-compiled,joined-tuned,fixed"
 
 
 def engine_of(subject: Subject, edge: int, way: str) -> EveEngine:
@@ -36,9 +38,11 @@ def engine_of(subject: Subject, edge: int, way: str) -> EveEngine:
     engine = subject.engine(edge)
     if way == "growing":
         return engine
+    if way.startswith("joined-"):
+        join_products(subject.model.model.language_model)
     compiled: dict[str, Any] | None = None
-    if way in ("compiled", "tuned"):
-        compiled = {"options": TUNED} if way == "tuned" else {}
+    if way.endswith(("compiled", "tuned")):
+        compiled = {"options": TUNED} if way.endswith("tuned") else {}
     record = False if way == "fixed" else None
     engine.static = StaticRows(subject.model, record=record, compiled=compiled)
     return engine
@@ -135,7 +139,7 @@ def main() -> None:
     parser.add_argument("--dtype", help="bfloat16 on a GPU, float32 elsewhere")
     parser.add_argument("--longest-edge", type=int)
     parser.add_argument("--batch", default="1,8,32")
-    parser.add_argument("--ways", default="growing,recorded,compiled,fixed,tuned")
+    parser.add_argument("--ways", default=WAYS)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=100.0, help="begin nothing new after it")
@@ -148,7 +152,7 @@ def main() -> None:
     roof = measured_roof(clock, dtype, quick=given.shape == "tiny")
     print(f"{given.shape}, {edge} px, {dtype}, {torch.get_num_threads()} threads; {roof}")
     print(
-        f"{'way':10} {'batch':>5} {'ms/token':>9} {'tokens/s':>9} {'of floor':>8} {'GB/s':>7} "
+        f"{'way':15} {'batch':>5} {'ms/token':>9} {'tokens/s':>9} {'of floor':>8} {'GB/s':>7} "
         f"{'first run':>9} {'alike':>6}",
         flush=True,
     )
@@ -182,7 +186,7 @@ def show(one: dict[str, Any], roof: Roof) -> None:
     one |= {"floor_seconds": roof.floor(need), "share": roof.floor(need) / seconds}
     alike = "-" if one["alike"] is None else f"{one['alike']:.1f}"
     print(
-        f"{one['way']:10} {one['batch']:5} {1e3 * seconds:9.3f} {one['batch'] / seconds:9.1f} "
+        f"{one['way']:15} {one['batch']:5} {1e3 * seconds:9.3f} {one['batch'] / seconds:9.1f} "
         f"{one['share']:8.1%} {need.bytes / seconds / 1e9:7.1f} "
         f"{one['first_run_seconds']:8.1f}s {alike:>6}",
         flush=True,

@@ -42,19 +42,20 @@ def run(monkeypatch, capsys):
 
 def test_decode_speed(run):
     """In float32 all ways make the tokens that a growing cache makes."""
+    ways = ("growing", "fixed", "recorded", "joined-recorded")
     data, out = run(
         decode_speed,
-        *("--shape", "tiny", "--batch", "1,3", "--ways", "growing,fixed,recorded,library"),
+        *("--shape", "tiny", "--batch", "1,3", "--ways", ",".join([*ways, "library"])),
         *("--tokens", "6", "--repeats", "1", "--device", "cpu"),
     )
     assert [(one["way"], one["batch"]) for one in data["figures"]] == [
-        *((way, batch) for way in ("growing", "fixed", "recorded") for batch in (1, 3)),
+        *((way, batch) for way in ways for batch in (1, 3)),
         ("library", 1),
     ]
     assert {one["alike"] for one in data["figures"]} == {6.0, None}
     for one in data["figures"]:
         assert one["share"] == pytest.approx(one["floor_seconds"] / one["seconds"]["median"])
-        assert one["need"]["bytes"] > 0 and f"{one['way']:10}" in out
+        assert one["need"]["bytes"] > 0 and f"{one['way']:15}" in out
 
 
 def test_training_speed(run):
