@@ -6,8 +6,8 @@ the end of every walk; so matrices of one input are laid behind each other, and 
 asked first walks through all of them.  Names, types and numbers of the weights stay.
 
 Easy to get wrong: the matrices are moved once, so a model is joined where it stays, behind loading
-and moving.  With gradients each layer multiplies alone, or a weight that learns would not be the one
-that is multiplied.
+and moving.  With gradients each layer multiplies alone, or a weight that learns would not be the
+one that is multiplied.
 """
 
 from typing import Any
