@@ -352,7 +352,9 @@ def teacher_of(subject: Subject) -> CLIPVisionModel:
         config.hidden_size = subject.shape.teacher
     with torch.random.fork_rng(), torch.device(subject.device):
         torch.manual_seed(0)
-        return CLIPVisionModel(config).to(subject.dtype).eval().requires_grad_(False)
+        # The library of the published programme knows no other attention for it.
+        made = CLIPVisionModel._from_config(config, attn_implementation="eager")
+        return made.to(subject.dtype).eval().requires_grad_(False)
 
 
 def agree(losses: dict[str, float], *, exact: bool) -> None:
