@@ -7,22 +7,38 @@ takes seconds, so all tests of this file share it, and each run has a folder of 
 import dataclasses
 import json
 import logging
+import os
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
+import serving
 import tiny
 from curating import SENTENCE, folder_of, recipe, waves, with_section
 from eve_vlm.curate.blocks import WHY, read_unit
 from eve_vlm.curate.ledger import Ledger
 from eve_vlm.curate.page import write_curation_report
+from eve_vlm.curate.recipe import (
+    CaptionsSection,
+    FilterSection,
+    RecaptionSection,
+    SpreadSection,
+    WorkerSection,
+)
 from eve_vlm.curate.run import curate
 from eve_vlm.curate.stages import stages_of
 from eve_vlm.data.picture_ref import open_image
 from eve_vlm.data.sources.build import build_source
+from faulty_server import faulty_server
 
 ray = pytest.importorskip("ray", reason="needs the extra curate")
 pytest.importorskip("faiss", reason="needs the extra curate")
@@ -37,7 +53,7 @@ def cluster():
 
     settings = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     made = Cluster(initialize_head=True, head_node_args=settings | {"include_dashboard": False})
-    made.add_node(**settings)
+    made.add_node(**settings, num_gpus=1)  # Ray is told so; nothing looks for one
     ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
     yield made
     ray.shutdown()
@@ -191,3 +207,199 @@ def test_the_page_shows_every_reason_with_an_example(first):
     assert "http://" not in html and "https://" not in html  # nothing points outside
     figures = json.loads((write_curation_report(of).parent / "report.json").read_text())
     assert [one["rows_in"] for one in figures["stages"]][:2] == [44, 44]
+
+
+def test_workers_with_a_gpu_keep_their_model_and_spread_is_a_stage_like_others(
+    cluster, pictures, teacher_folder, tmp_path
+):
+    """Features by a tiny CLIP on the node that says it has a GPU; then 3 of each of 5 centres."""
+    section = SpreadSection(
+        model=str(teacher_folder), layer=-2, image_size=20, centres=5, nearest=3
+    )
+    of = recipe(
+        pictures,
+        tmp_path / "set",
+        spread=section,
+        workers={"spread": WorkerSection(gpus=1.0)},
+        filter=FilterSection(shorter_side_above=64),
+    )
+    curate(of, only="read")
+    for stage in ("decode", "filter", "duplicates"):
+        curate(of, only=stage)
+    result = curate(of, only="spread")
+    ledger = Ledger(tmp_path / "set")
+    features = ledger.done("spread.features").values()
+    assert len({facts["process"] for facts in features}) == 1 and len(features) == 5
+    kept = sum(facts["out"] for facts in ledger.done("spread").values())
+    assert result.kept == kept and 5 <= kept <= 15
+    reasons = [facts["dropped"] for facts in ledger.done("spread").values() if facts["dropped"]]
+    assert {reason for one in reasons for reason in one} == {"centre is full"}
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def busy_workers(cluster):
+    """Process ids of Ray workers that do something, by the kernel's own tables."""
+    found = []
+    for node in cluster.list_all_nodes():
+        for raylet in node.all_processes["raylet"]:
+            pid = raylet.process.pid
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                title = Path(f"/proc/{child}/cmdline").read_bytes()
+                # Not the agents of the node: without them it dies too.
+                if title.startswith(b"ray::") and b"Map" in title:
+                    found.append(int(child))
+    return found
+
+
+def captioned(pictures, output, url, **changes):
+    """A recipe whose captions come from a server, and are all kept."""
+    settings = {"endpoint": url, "model": serving.NAME, "prompt": "What is this?", "tries": 3}
+    sampling = {"max_tokens": 6, "temperature": 1.0, "seed": 1}
+    section = RecaptionSection(**settings, first_pause=0.01, parallel=2, sampling=sampling)
+    rules = CaptionsSection(least_words=0, most_repeated=None, finished=False, languages=None)
+    return recipe(pictures, output, recaption=section, captions=rules, **changes)
+
+
+def test_workers_that_are_killed_lose_what_they_had_open_and_no_more(cluster, pictures, tmp_path):
+    """Our own server behind a proxy that fails now and then; every busy worker is killed twice.
+
+    Four pictures of each killed worker were open at most (two threads, and two answers on their
+    way), so that many may be asked for again; all others are delivered once.
+    """
+    killed = []
+
+    def fault(number, picture):
+        if number in (12, 25):
+            for pid in busy_workers(cluster):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+        return {5: "500", 8: "page", 17: "cut", 20: "429", 21: "empty"}.get(number)
+
+    with serving.running() as real, faulty_server(fault, forward=f"{real.url}/v1") as proxy:
+        of = captioned(pictures, tmp_path / "set", proxy.url)
+        result = curate(of)
+    assert len(killed) >= 2
+    found = fates(of)
+    assert len(found) == WAVES + len(EXPECTED)
+    again = sum(count - 1 for count in proxy.delivered.values())
+    assert again <= 4 * len(killed)
+    wordless = [id for id, why in found.items() if why == "no caption was given"]
+    assert len(proxy.delivered) == WAVES + 2  # those without words beside them are captioned too
+    ids, _ = written_ids(of)
+    assert len(ids) == len(set(ids)) == result.kept == WAVES + 2 - len(wordless)
+
+
+def test_an_outage_stops_the_run_and_the_next_one_asks_for_the_rest(cluster, pictures, tmp_path):
+    """Delivered before and after: every picture once, counted at the server."""
+    away = [False]
+    with faulty_server() as proxy:
+
+        def fault(number, picture):
+            away[0] = away[0] or sum(proxy.delivered.values()) >= 15
+            return "503" if away[0] else None
+
+        proxy.fault = fault
+        of = captioned(pictures, tmp_path / "set", proxy.url)
+        assert "recaption stopped" in tiny.refused(lambda: curate(of))
+        before = sum(proxy.delivered.values())
+        proxy.fault = lambda number, picture: None
+        result = curate(of)
+    assert 15 <= before < WAVES + 2
+    assert set(proxy.delivered.values()) == {1} and len(proxy.delivered) == WAVES + 2
+    assert result.kept == WAVES + 2 and len(fates(of)) == WAVES + len(EXPECTED)
+
+
+def program(folder, of):
+    """A recipe as a file, and the command that runs it."""
+    data = dataclasses.asdict(of)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    return [
+        sys.executable,
+        "-m",
+        "eve_vlm.cli",
+        "curate",
+        str(folder / "recipe.yaml"),
+        "--cores",
+        "1",
+    ]
+
+
+def environment():
+    """Without the cluster of these tests: a run of its own starts its own Ray."""
+    return {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
+
+
+def sums_of(of):
+    return [line["sha256"] for line in written_ids(of)[1]["shards"]]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_whole_goes_on_and_writes_the_same_bytes(first, pictures, tmp_path):
+    """`kill -9` of the command at five places; its shards equal those of a run that was left alone."""
+    of = dataclasses.replace(first[0], output_dir=str(tmp_path / "set"))
+    command = program(tmp_path, of)
+    for step, units in (("decode", 1), ("decode", 3), ("filter", 2), ("captions", 2), ("write", 1)):
+        errors = tmp_path / "errors"
+        with errors.open("w") as file:
+            running = subprocess.Popen(command, env=environment(), stdout=file, stderr=file)
+        end = time.monotonic() + 300
+        while len(list((tmp_path / "set/work" / step).glob("[!.]*.parquet"))) < units:
+            assert time.monotonic() < end and running.poll() is None, errors.read_text()
+            time.sleep(0.005)
+        running.kill()
+        running.wait()
+        kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("[!.]*.parquet")}
+    subprocess.run(command, env=environment(), check=True, timeout=300)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("[!.]*.parquet")}
+    assert kept.items() <= after.items()  # nothing that stood was made again
+    assert fates(of) == fates(first[0]) and sums_of(of) == sums_of(first[0])
+    assert not [path for path in (tmp_path / "set").rglob(".*part-*")]
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_is_done_without(cluster, tmp_path):
+    """One of three nodes is killed while pictures are decoded; all are there in the end, once."""
+    folder_of(tmp_path / "in", 300)
+    of = recipe(tmp_path / "in", tmp_path / "set")
+    node = cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    gone = []
+
+    def progress(progress):
+        if progress.step == "decode" and progress.units >= 5 and not gone:
+            gone.append(node)
+            cluster.remove_node(node, allow_graceful=False)
+
+    result = curate(of, progress=progress)
+    assert gone and result.kept == 300 and len(fates(of)) == 300
+    ids, _ = written_ids(of)
+    assert len(ids) == len(set(ids)) == 300
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_gone_on_from(first, pictures, tmp_path):
+    """On a disk of 500 kB that is made larger after the run has filled it."""
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*mount, f"mount -t tmpfs none {tmp_path}"], capture_output=True).returncode:
+        pytest.skip("this user cannot mount a small disk")
+    place = tmp_path / "disk"
+    place.mkdir()
+    of = dataclasses.replace(first[0], output_dir=str(place / "set"))
+    command = shlex.join(program(tmp_path, of))
+    script = f"""
+    mount -t tmpfs -o size=500k none {place}
+    {command} 2> {tmp_path}/first.err; echo $? > {tmp_path}/first.rc
+    mount -o remount,size=100m {place}
+    {command} 2> {tmp_path}/second.err; echo $? > {tmp_path}/second.rc
+    cp -r {place}/set {tmp_path}/copy
+    """
+    subprocess.run(
+        [*mount, script], env=environment(), check=True, timeout=500, capture_output=True
+    )
+    assert (tmp_path / "first.rc").read_text().strip() == "2"
+    last = (tmp_path / "first.err").read_text().strip().splitlines()[-1]
+    assert "No space left" in last and last.startswith("eve: ")
+    assert (tmp_path / "second.rc").read_text().strip() == "0"
+    of = dataclasses.replace(of, output_dir=str(tmp_path / "copy"))
+    assert fates(of) == fates(first[0]) and sums_of(of) == sums_of(first[0])

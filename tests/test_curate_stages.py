@@ -93,15 +93,18 @@ def test_pictures_inside_of_files_are_found_where_they_lie(kind, tmp_path):
 
 def test_lists_of_urls_keep_what_stands_beside_and_refuse_an_id_twice(tmp_path):
     file = tmp_path / "list.csv"
-    file.write_text("link,key,lic\nhttp://a/1.jpg,x,CC BY\n,y,\nhttp://a/2.jpg,z,\n")
+    lines = ("link,key,lic,width,height", "http://a/1.jpg,x,CC BY,640,480.0", ",y,,1,1",
+             "http://a/2.jpg,z,,,9")  # fmt: skip
+    file.write_text("\n".join(lines))
     columns = {"url": "link", "id": "key", "licence": "lic"}
     source = SourceSection(
         name="u", kind="urls", path=str(file), licence="unknown", columns=columns
     )
     of = recipe("", tmp_path / "out", sources=[source])
-    assert [(row["id"], row["member"], row["licence"]) for row in listed(of)] == [
-        ("u/list.csv/x", "http://a/1.jpg", "CC BY"),
-        ("u/list.csv/z", "http://a/2.jpg", ""),
+    found = [(row["id"], row["member"], row["licence"], row["listed_side"]) for row in listed(of)]
+    assert found == [
+        ("u/list.csv/x", "http://a/1.jpg", "CC BY", 480),
+        ("u/list.csv/z", "http://a/2.jpg", "unknown", None),
     ]
     file.write_text("link,key,lic\nhttp://a/1.jpg,x,\nhttp://a/2.jpg,x,\n")
     assert "'x' twice" in tiny.refused(lambda: listed(of))

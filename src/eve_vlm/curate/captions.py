@@ -40,8 +40,12 @@ def keep_good_captions(rows: "pa.Table", task: Task) -> "pa.Table":
     import pyarrow as pa
 
     given = rows["caption" if "caption" in rows.column_names else "text"].to_pylist()
+    cut = _cut(rows)
     texts = [None if text is None else " ".join(text.split()) for text in given]
-    reasons = [broken_rule(text, task.recipe.captions) for text in texts]
+    reasons = [
+        broken_rule(text, task.recipe.captions, cut=one)
+        for text, one in zip(texts, cut, strict=True)
+    ]
     kept = [text for text, (why, _) in zip(texts, reasons, strict=True) if why is None]
     lengths = np.array([len(words_of(text)) for text in kept if text], int)
     task.counts["words of a caption"] += bins(lengths, WORDS)
@@ -51,8 +55,21 @@ def keep_good_captions(rows: "pa.Table", task: Task) -> "pa.Table":
     return with_reasons(rows, [one[0] for one in reasons], [one[1] for one in reasons])
 
 
-def broken_rule(text: str | None, section: CaptionsSection) -> tuple[str | None, str | None]:
-    """The first rule that a caption breaks, and what broke it."""
+def _cut(rows: "pa.Table") -> list[bool]:
+    """Whether each caption was cut at its longest length, where the captioner said so."""
+    if "finish" not in rows.column_names:
+        return [False] * len(rows)
+    return [finish == "length" for finish in rows["finish"].to_pylist()]
+
+
+def broken_rule(
+    text: str | None, section: CaptionsSection, *, cut: bool = False
+) -> tuple[str | None, str | None]:
+    """The first rule that a caption breaks, and what broke it.
+
+    Args:
+        cut: it ended because it had its longest length.
+    """
     if not text:
         return "no caption", None
     words = words_of(text)
@@ -64,7 +81,7 @@ def broken_rule(text: str | None, section: CaptionsSection) -> tuple[str | None,
         return "caption too long", f"{len(words)} words"
     if section.most_repeated is not None and (share := repeated(words)) > section.most_repeated:
         return "caption repeats itself", f"{share:.0%} of its groups of {GROUP} words"
-    if section.finished and not _FINISHED.search(text):
+    if section.finished and (cut or not _FINISHED.search(text)):
         return "unfinished caption", text[-40:]
     if section.languages is not None:
         language = language_of(text)

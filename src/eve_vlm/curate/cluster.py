@@ -10,19 +10,17 @@ traceback, so it is caught in the worker and sent back as one sentence.
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 from eve_vlm.curate.recipe import WorkerSection
+from eve_vlm.curate.tasks import NO_EXTRA
 from eve_vlm.curate.units import Order, Range, make_unit
+from eve_vlm.errors import first_line
 
 OBJECT_STORE = 100 * 2**20  # bytes; facts are all that it holds
-NO_RAY = (
-    "eve curate needs Ray, FAISS and more, which are not installed; run `pip install "
-    "'eve-vlm[curate]'`."
-)
 
 
 class Done(NamedTuple):
@@ -48,7 +46,7 @@ def ray_session(address: str | None, cores: int | None) -> Iterator[None]:
         import ray
         import ray.data
     except ImportError:
-        raise ValueError(NO_RAY) from None
+        raise ValueError(NO_EXTRA) from None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours say more
     context.print_on_execution_start = False
@@ -95,18 +93,22 @@ def made_units(
     todo: Sequence[tuple[str, tuple[Range, ...]]],
     *,
     worker: WorkerSection,
-    model: bool,
-) -> Iterator[Done]:
-    """Makes units on whatever Ray has, and gives each as soon as it is finished, in any order."""
+) -> Generator[Done, None, None]:
+    """Makes units on whatever Ray has, and gives each as soon as it is finished, in any order.
+
+    Ray keeps the processes of tasks for the next ones, so a model that a step keeps in its process
+    is loaded once.  It does not where tasks take a GPU, so there workers are actors.
+    """
     import ray.data
+    import ray.exceptions
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+    _check_room(order.step, worker)
     # One unit in each block of Ray's, or its facts would wait for those of others.
     numbers = ray.data.range(len(todo), override_num_blocks=len(todo))
     takes: dict[str, Any] = {"num_cpus": worker.cpus, "batch_size": 1}
     if worker.gpus:
         takes["num_gpus"] = worker.gpus
-    if model:
         most = min(worker.most or _fitting(worker), len(todo))
         made = numbers.map_batches(
             _Maker,
@@ -117,9 +119,32 @@ def made_units(
     else:
         function = partial(_make, order=order, todo=todo)
         made = numbers.map_batches(function, compute=TaskPoolStrategy(size=worker.most), **takes)
-    for row in made.iter_rows():
-        facts = json.loads(row["facts"])
-        yield Done(row["unit"], facts, row["error"] or None)
+    try:
+        for row in made.iter_rows():
+            yield Done(row["unit"], json.loads(row["facts"]), row["error"] or None)
+    except ray.exceptions.RayError as error:
+        raise ValueError(
+            f"Workers of {order.step} died again and again ({first_line(error)}); look for memory "
+            "that is too small, give them fewer pictures (block) or more room (workers), and run "
+            "the same command again."
+        ) from error
+
+
+def _check_room(step: str, worker: WorkerSection) -> None:
+    """Checks that a node can take a worker at all; Ray would wait for one for ever.
+
+    Raises:
+        ValueError: if none can.
+    """
+    import ray
+
+    for name, key, wanted in (("cpus", "CPU", worker.cpus), ("gpus", "GPU", worker.gpus)):
+        most = max((node["Resources"].get(key, 0.0) for node in ray.nodes() if node["Alive"]))
+        if wanted > most:
+            raise ValueError(
+                f"A worker of {step} takes {wanted:g} {name}, but the largest node has {most:g}; "
+                f"change workers.{step}.{name}, or run where there are more."
+            )
 
 
 def _fitting(worker: WorkerSection) -> int:
@@ -148,4 +173,4 @@ def _make(
     return {"unit": units, "facts": facts, "error": errors}
 
 
-__all__ = ["NO_RAY", "Done", "made_units", "ray_session"]
+__all__ = ["Done", "made_units", "ray_session"]

@@ -6,11 +6,12 @@ on white at the recipe's size, the same in every stage.
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from eve_vlm.curate.recipe import DecodeSection
 from eve_vlm.data.picture_ref import PictureFile, PicturePart, PictureRef
 from eve_vlm.data.svg_drawing import draw_svg, on_white
 from eve_vlm.pictures import read_picture
@@ -36,6 +37,7 @@ def row_schema() -> "pa.Schema":
             ("member", pa.string()),  # its name in there, a column of Parquet, or its URL
             ("offset", pa.int64()),  # bytes in the file; in Parquet the row group
             ("length", pa.int64()),  # bytes; in Parquet the row of the group; null: a whole file
+            ("listed_side", pa.int32()),  # the shorter side in pixels, where a list of URLs says it
         ]
     )
 
@@ -85,6 +87,18 @@ def open_bytes(data: bytes, row: Row, *, most_pixels: int, svg_size: int) -> Ima
         raise ValueError(f"{row['id']} is no text, so no drawing either; get it again.") from None
 
 
+def open_rows(rows: Sequence[Row], section: DecodeSection) -> list[Image.Image]:
+    """The pictures of rows that were opened before, for a model.
+
+    Raises:
+        ValueError: if one is not there any more.
+    """
+    return [
+        open_bytes(read_bytes(row), row, most_pixels=section.most_pixels, svg_size=section.svg_size)
+        for row in rows
+    ]
+
+
 def as_png(picture: Image.Image) -> bytes:
     """A picture as a file that loses nothing."""
     stream = io.BytesIO()
@@ -97,6 +111,7 @@ __all__ = [
     "as_png",
     "is_drawing",
     "open_bytes",
+    "open_rows",
     "picture_ref",
     "read_bytes",
     "row_schema",

@@ -20,12 +20,14 @@ class SourceSection:
     """A folder of picture files, tars, lists of URLs (.txt, .csv, .tsv, .parquet) or Parquet files
     that hold pictures."""
     path: str
-    """A folder, a file, or a pattern with * of files; `asset:NAME` is a folder of `eve assets`."""
+    """A folder, a file, or a pattern with * of files; `asset:NAME/FOLDER` lies in what `eve assets`
+    has fetched, `package:NAME/FOLDER` in an installed Python package."""
     licence: str
     """The licence of its pictures; goes into every record."""
     columns: dict[str, str] = field(default_factory=dict)
-    """What `image`, `url`, `id`, `text` and `licence` are called in lists and tables; in folders
-    and tars `text` is the ending of a file beside the picture, such as txt (its first line)."""
+    """What `image`, `url`, `id`, `text`, `licence`, `width` and `height` are called in lists and
+    tables; in folders and tars `text` is the ending of a file beside the picture, such as txt
+    (its first line)."""
     limit: int | None = None
     """At most so many pictures of each of its files (of the whole folder); null takes all."""
 
@@ -38,10 +40,16 @@ class FetchSection:
     """Connections of each worker."""
     timeout: float = 20.0
     """Seconds without a byte after which a try has failed."""
-    tries: int = 3
+    tries: int = 2
     """Tries for each URL, with pauses of 1, 2, 4, ... seconds."""
     most_megabytes: float = 50.0
     """Longer files are left."""
+    most_failed: float = 0.8
+    """Share of a block that may fail; with more the run stops, since the network may be away."""
+    networks: list[str] = field(default_factory=list)
+    """Networks that may be fetched from though they are not public, such as 10.0.0.0/8."""
+    ports: list[int] = field(default_factory=list)
+    """Ports beside 80 and 443 that may be fetched from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,7 +266,12 @@ class CurateRecipe:
     write: WriteSection = field(default_factory=WriteSection)
     """How the set is written."""
     workers: dict[str, WorkerSection] = field(default_factory=dict)
-    """By stage: what one worker takes; one core each where nothing is said."""
+    """By stage, or by one of its steps such as spread.features: what a worker takes."""
+
+    def worker(self, step: str) -> WorkerSection:
+        """What a worker of a step takes: its own section, its stage's, or one core."""
+        stage = step.partition(".")[0]
+        return self.workers.get(step) or self.workers.get(stage) or WorkerSection()
 
 
 AT_LEAST_ONE = {
@@ -290,13 +303,31 @@ def checked(recipe: CurateRecipe) -> CurateRecipe:
             f"duplicates.distance is {recipe.duplicates.distance}; give 0 to 8 of the 64 bits, "
             "beyond which other pictures look alike."
         )
-    cost = recipe.recaption and recipe.recaption.cost
-    if cost and cost.per_hour and cost.captions_per_second is None:
+    if recipe.recaption is not None:
+        _check_recaption(recipe.recaption, recipe.worker("recaption"))
+    return recipe
+
+
+LOCAL_SAMPLING = {"max_tokens", "temperature", "top_p", "top_k", "seed"}
+
+
+def _check_recaption(section: RecaptionSection, worker: WorkerSection) -> None:
+    if section.cost.per_hour and section.cost.captions_per_second is None:
         raise ValueError(
             "recaption.cost.per_hour has no captions_per_second beside it, so an hour buys an "
             "unknown number of captions; give both."
         )
-    return recipe
+    if section.requests_per_minute is not None and worker.most is None:
+        raise ValueError(
+            "recaption.requests_per_minute is a limit of all workers together, so their number "
+            "must be known; give workers.recaption.most."
+        )
+    unknown = sorted(set(section.sampling) - LOCAL_SAMPLING)
+    if section.endpoint is None and unknown:
+        raise ValueError(
+            f"recaption.sampling has {', '.join(unknown)}, which a local model does not take; use "
+            f"{', '.join(sorted(LOCAL_SAMPLING))}, or name an endpoint."
+        )
 
 
 def _check_numbers(section: Any, key: str) -> None:
@@ -311,7 +342,7 @@ def _check_numbers(section: Any, key: str) -> None:
             continue
         if one.name in AT_LEAST_ONE and value < 1:
             raise ValueError(f"{name} is {value}; give at least 1.")
-        if value < 0 or (one.name in ABOVE_ZERO and value == 0):
+        if (value < 0 and one.name != "layer") or (one.name in ABOVE_ZERO and value == 0):
             raise ValueError(f"{name} is {value}; give a number above 0.")
 
 

@@ -8,7 +8,7 @@ nothing until `begin` names the stage to start over from.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ from filelock import FileLock, Timeout
 
 from eve_vlm.curate.blocks import remove_parts
 from eve_vlm.curate.cluster import made_units, ray_session
+from eve_vlm.curate.cost import estimate
 from eve_vlm.curate.ledger import Ledger, marks_of, read_marks, write_marks
 from eve_vlm.curate.manifest import write_manifest
-from eve_vlm.curate.recipe import CurateRecipe, WorkerSection
-from eve_vlm.curate.stages import FILES, LISTED, READ, stages_of
+from eve_vlm.curate.recipe import CurateRecipe
+from eve_vlm.curate.stages import FILES, LISTED, READ, STAGES, stages_of
 from eve_vlm.curate.tasks import Layout, Stage, Step
 from eve_vlm.curate.units import Order, Range
 
@@ -68,6 +69,7 @@ def curate(
     address: str | None = None,
     cores: int | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Runs a recipe, or goes on with it.
 
@@ -78,6 +80,7 @@ def curate(
         address: of a Ray cluster; None runs on this machine.
         cores: of this machine; None takes all.
         progress: told after every unit.
+        say: told what captions will cost.
 
     Raises:
         ValueError: for what a user can mend; what is finished stays.
@@ -85,12 +88,13 @@ def curate(
     stages = stages_of(recipe)
     _known(only, stages, "--only")
     _known(begin, stages, "--from")
+    _check_workers(recipe)
     folder = Path(recipe.output_dir).absolute()
     with _alone(folder):
         remove_parts(folder)
         ledger = Ledger(folder)
         _check_marks(recipe, folder, stages, begin, ledger)
-        run = _Run(recipe, folder, ledger, progress)
+        run = _Run(recipe, folder, ledger, progress, say)
         with ray_session(address, cores):
             for stage in stages:
                 if only in (None, stage.name):
@@ -112,8 +116,10 @@ class _Run:
         folder: Path,
         ledger: Ledger,
         progress: Callable[[Progress], None],
+        say: Callable[[str], None],
     ):
         self.recipe, self.folder, self.ledger, self.progress = recipe, folder, ledger, progress
+        self.say = say
         self.made = 0
         self._layout: Layout | None = None
 
@@ -129,6 +135,8 @@ class _Run:
 
     def stage(self, stage: Stage) -> None:
         """Makes what a stage lacks."""
+        if stage.name == "recaption":
+            self._check_cost()
         for step in stage.steps:
             self._step(stage, step)
         if stage.name == READ:
@@ -140,6 +148,26 @@ class _Run:
                 )
         if stage.name == "write":
             write_manifest(self.recipe, self.folder)
+
+    def _check_cost(self) -> None:
+        """Says what captions will cost, and does not begin if that is above the recipe's limit."""
+        section = self.recipe.recaption
+        assert section is not None, "the stage is left out without its section"
+        names = [stage.name for stage in stages_of(self.recipe)]
+        before = names[names.index("recaption") - 1]
+        asked = sum(facts["in"] for facts in self.ledger.done("recaption").values())
+        pictures = self.kept_of(before) - asked
+        if not pictures:
+            return
+        expected = estimate(section.cost, pictures)
+        currency = section.cost.currency
+        self.say(f"recaption: about {expected:,.2f} {currency} for up to {pictures:,} captions")
+        if section.cost.most is not None and expected > section.cost.most:
+            raise ValueError(
+                f"Captions of {pictures:,} pictures are estimated at {expected:,.2f} {currency}, "
+                f"more than recaption.cost.most ({section.cost.most:,.2f}); raise it, or keep "
+                "fewer pictures."
+            )
 
     def require(self, stage: Stage, wanted: str) -> None:
         """Checks that a stage before the wanted one is finished."""
@@ -202,29 +230,30 @@ class _Run:
         if not todo:
             return
         order = Order(recipe=self.recipe, folder=self.folder, layout=self.layout, step=step.name)
-        worker = self.recipe.workers.get(stage.name, WorkerSection())
+        worker = self.recipe.worker(step.name)
         rows, kept = (sum(_rows(facts, key) for facts in done.values()) for key in ("in", "out"))
         before, began = rows, time.monotonic()
-        made = made_units(order, todo, worker=worker, model=step.model)
-        for number, one in enumerate(made, start=1):
-            if one.error is not None:
-                raise ValueError(f"{stage.name} stopped: {one.error}")
-            self.ledger.add(step.name, one.unit, one.facts)
-            self.made += 1
-            rows, kept = rows + _rows(one.facts, "in"), kept + _rows(one.facts, "out")
-            spent = time.monotonic() - began
-            self.progress(
-                Progress(
-                    stage=stage.name,
-                    step=step.name,
-                    rows=rows,
-                    kept=kept,
-                    units=len(units) - len(todo) + number,
-                    all_units=len(units),
-                    per_second=(rows - before) / max(spent, 1e-9),
-                    seconds_left=spent / number * (len(todo) - number),
+        # Closed at an error too: what Ray still works on must end before Ray does.
+        with closing(made_units(order, todo, worker=worker)) as made:
+            for number, one in enumerate(made, start=1):
+                if one.error is not None:
+                    raise ValueError(f"{stage.name} stopped: {one.error}")
+                self.ledger.add(step.name, one.unit, one.facts)
+                self.made += 1
+                rows, kept = rows + _rows(one.facts, "in"), kept + _rows(one.facts, "out")
+                spent = time.monotonic() - began
+                self.progress(
+                    Progress(
+                        stage=stage.name,
+                        step=step.name,
+                        rows=rows,
+                        kept=kept,
+                        units=len(units) - len(todo) + number,
+                        all_units=len(units),
+                        per_second=(rows - before) / max(spent, 1e-9),
+                        seconds_left=spent / number * (len(todo) - number),
+                    )
                 )
-            )
 
 
 def _rows(facts: dict[str, Any], key: str) -> int:
@@ -241,6 +270,18 @@ def _known(name: str | None, stages: list[Stage], option: str) -> None:
             f"{option} names {name!r}, but the stages of this recipe are {', '.join(names)}; give "
             "one of them."
         )
+
+
+def _check_workers(recipe: CurateRecipe) -> None:
+    known = {
+        name for stage in STAGES for name in (stage.name, *(step.name for step in stage.steps))
+    }
+    for name in recipe.workers:
+        if name not in known:
+            raise ValueError(
+                f"workers has {name!r}, which is neither a stage nor a step; use one of "
+                f"{', '.join(sorted(known))}."
+            )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import csv
 import itertools
 import os
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from eve_vlm.data.tar_index import TarIndex
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ASSET = "asset:"
+ASSET, PACKAGE = "asset:", "package:"
 ENDINGS = (*PICTURE_ENDINGS, SVG.removeprefix("."))
 LISTS = (".txt", ".csv", ".tsv", ".parquet")
 Fields = dict[str, Any]
@@ -51,7 +52,10 @@ def list_inputs(rows: "pa.Table", task: Task) -> "pa.Table":
 def _inputs(source: SourceSection) -> list[str]:
     path = source.path
     if path.startswith(ASSET):
-        path = str(asset_folder(path.removeprefix(ASSET)))
+        name, _, inside = path.removeprefix(ASSET).partition("/")
+        path = str(asset_folder(name) / inside)
+    elif path.startswith(PACKAGE):
+        path = _in_package(path.removeprefix(PACKAGE), source.name)
     if source.kind == "folder":
         if not Path(path).is_dir():
             raise ValueError(
@@ -68,6 +72,18 @@ def _inputs(source: SourceSection) -> list[str]:
                 f"is of kind {source.kind}; check its path."
             )
     return files
+
+
+def _in_package(path: str, source: str) -> str:
+    """A folder that an installed Python package brings along."""
+    name, _, inside = path.partition("/")
+    try:
+        return str(Path(str(resources.files(name))) / inside)
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"The source {source!r} takes its pictures from the Python package {name}, which is "
+            "not installed; install it, or name a folder."
+        ) from None
 
 
 def list_pictures(rows: "pa.Table", task: Task) -> Iterator["pa.Table"]:
@@ -150,15 +166,25 @@ def _tar(path: str, source: SourceSection) -> Iterator[Fields]:
 
 def _urls(path: str, source: SourceSection) -> Iterator[Fields]:
     """The URLs of a list, with what stands beside them."""
-    names = {key: source.columns.get(key, key) for key in ("url", "id", "text", "licence")}
+    keys = ("url", "id", "text", "licence", "width", "height")
+    names = {key: source.columns.get(key, key) for key in keys}
     for number, entry in enumerate(_list_rows(path, names), start=1):
         url = entry.get(names["url"])
         if url:
-            row = {"id": str(entry.get(names["id"]) or number), "member": str(url)}
+            row: Fields = {"id": str(entry.get(names["id"]) or number), "member": str(url)}
             for key in ("text", "licence"):
-                if entry.get(names[key]) is not None:
+                if entry.get(names[key]) not in (None, ""):
                     row[key] = str(entry[names[key]])
+            sides = [_pixels(entry.get(names[key])) for key in ("width", "height")]
+            if all(sides):
+                row["listed_side"] = min(sides)
             yield row
+
+
+def _pixels(value: Any) -> int:
+    """A number of pixels as lists write it (640, 640.0, "640"); 0 where they say nothing."""
+    text = str(value).partition(".")[0]
+    return int(text) if text.isdigit() else 0
 
 
 def _list_rows(path: str, names: dict[str, str]) -> Iterator[Fields]:

@@ -8,7 +8,20 @@ else, or a resumed run would keep stale results, or throw good ones away.
 from dataclasses import asdict
 from typing import Any
 
-from eve_vlm.curate import captions, duplicates, filters, looking, shards, sources
+from eve_vlm.curate import (
+    captions,
+    duplicates,
+    endpoint,
+    features,
+    fetching,
+    filters,
+    looking,
+    recaption,
+    scores,
+    shards,
+    sources,
+    spread,
+)
 from eve_vlm.curate.recipe import CurateRecipe
 from eve_vlm.curate.tasks import Stage, Step
 
@@ -30,6 +43,23 @@ def _section(name: str) -> Any:
     return settings
 
 
+def _scores(recipe: CurateRecipe) -> Any:
+    return [_without(section, "batch_size") for section in recipe.scores]
+
+
+def _spread(recipe: CurateRecipe) -> Any:
+    return recipe.seed, _without(recipe.spread, "batch_size")
+
+
+def _recaption(recipe: CurateRecipe) -> Any:
+    return endpoint.settings_of(recipe.recaption) if recipe.recaption else None
+
+
+def _without(section: Any, *names: str) -> dict[str, Any]:
+    """A section as a dictionary, without what changes no result."""
+    return {name: value for name, value in asdict(section).items() if name not in names}
+
+
 def _has(name: str) -> Any:
     def wanted(recipe: CurateRecipe) -> bool:
         return bool(getattr(recipe, name))
@@ -46,6 +76,13 @@ STAGES: tuple[Stage, ...] = (
             Step(name=FILES, over="inputs", work=sources.list_pictures),
         ),
         settings=_read,
+    ),
+    Stage(
+        name="fetch",
+        what="fetch what is named by URL",
+        steps=(_block("fetch", fetching.fetch),),
+        settings=fetching.settings_of,
+        wanted=lambda recipe: any(source.kind == "urls" for source in recipe.sources),
     ),
     Stage(
         name="decode",
@@ -74,6 +111,35 @@ STAGES: tuple[Stage, ...] = (
         ),
         settings=_section("duplicates"),
         wanted=_has("duplicates"),
+    ),
+    Stage(
+        name="score",
+        what="drop pictures that models of the recipe score too high",
+        steps=(_block("score", scores.drop_high_scores),),
+        settings=_scores,
+        wanted=_has("scores"),
+    ),
+    Stage(
+        name="spread",
+        what="keep the nearest pictures to each of many centres",
+        steps=(
+            _block(features.FEATURES, features.make_features),
+            Step(name=spread.CENTRES, over="once", work=spread.find_centres),
+            _block(spread.PLACES, spread.place_pictures, reads=features.FEATURES),
+            Step(
+                name=spread.NEAREST, over="buckets", work=spread.keep_nearest, reads=spread.PLACES
+            ),
+            _block("spread", spread.drop_far),
+        ),
+        settings=_spread,
+        wanted=_has("spread"),
+    ),
+    Stage(
+        name="recaption",
+        what="write a new caption for every picture",
+        steps=(_block("recaption", recaption.recaption),),
+        settings=_recaption,
+        wanted=_has("recaption"),
     ),
     Stage(
         name="captions",

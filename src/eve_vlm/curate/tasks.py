@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 BUCKET_ROWS = 200_000
 """Pictures for each piece: 10 keys of each take about 220 MB in memory."""
 
+NO_EXTRA = (
+    "eve curate needs Ray, FAISS and more, which are not installed; run `pip install "
+    "'eve-vlm[curate]'`."
+)
+
 Over = Literal["once", "inputs", "blocks", "buckets", "shards"]
 
 
@@ -69,6 +74,9 @@ class Task:
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     """Histograms that are added up over all units: name, bin, number."""
 
+    afterwards: list[Callable[[], None]] = field(default_factory=list)
+    """What to do when the unit's result stands."""
+
     def files(self, step: str, over: Over) -> list[Path]:
         """The results of all units of a step over blocks or buckets."""
         units = self.layout.blocks if over == "blocks" else self.layout.bucket_names
@@ -96,8 +104,6 @@ class Step:
     """What its units are."""
     work: Work
     """Makes one."""
-    model: bool = False
-    """Whether it holds a model, so that a worker makes many units and loads it once."""
     reads: str | None = None
     """The step whose results it is given; None gives the rows of the stage before."""
 
@@ -136,4 +142,4 @@ def bins(values: "np.ndarray", edges: tuple[int, ...]) -> Counter[str]:
     return Counter({name: found[name] for name in names if found[name]})
 
 
-__all__ = ["BUCKET_ROWS", "Layout", "Over", "Stage", "Step", "Task", "Work", "bins"]
+__all__ = ["BUCKET_ROWS", "NO_EXTRA", "Layout", "Over", "Stage", "Step", "Task", "Work", "bins"]

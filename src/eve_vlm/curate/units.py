@@ -80,6 +80,8 @@ def make_unit(order: Order, unit: str, ranges: tuple[Range, ...] = ()) -> dict[s
     facts["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     facts["process"] = os.getpid()
     write_unit(file, made, facts)
+    for action in task.afterwards:
+        action()
     return facts
 
 
