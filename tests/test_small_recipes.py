@@ -163,6 +163,7 @@ def test_one_command_trains_merges_and_goes_on(tmp_path, monkeypatch, base, over
 # --- sizes without drawing ------------------------------------------------------------------------
 
 DRAWN = [
+    ("collages", {"styles": ["pictograms"], "families": {"presence": 1, "caption_list": 1}}),
     ("rendered", {"what": "documents", "families": {"questions": 1, "transcript": 1}}),
     ("rendered", {"what": "charts", "families": {"questions": 1, "transcript": 1}}),
 ]
@@ -181,6 +182,7 @@ def test_measuring_draws_nothing_and_is_right(kind, options, monkeypatch):
         raise AssertionError("a picture was drawn")
 
     monkeypatch.setattr("eve_vlm.data.rendered.source.kept_picture", drawn)
+    monkeypatch.setattr("eve_vlm.data.scenes.SceneDataset.render", drawn)
     lengths = measure(source, encoder)
     assert lengths.tokens.tolist() == [size.tokens for size in expected]
     assert lengths.patches.tolist() == [size.patches for size in expected]

@@ -12,6 +12,8 @@ question of a record; later ones about the same picture follow from what is in i
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from eve_vlm.data.collage_things import ALL_STYLES, PICTOGRAMS, Drawings, Thing, apart, things_of
 from eve_vlm.data.phrases import (
     QUESTIONS,
@@ -23,6 +25,7 @@ from eve_vlm.data.phrases import (
     place_of,
     turn_about,
 )
+from eve_vlm.data.picture_ref import PictureRef
 from eve_vlm.data.records import Record
 from eve_vlm.data.scenes import ANSWER_STEP, FAMILY_STEP, Scene, SceneDataset, SceneSettings
 from eve_vlm.data.source_options import REQUIRED, Shares, check_size, read_options
@@ -107,6 +110,13 @@ class CollageSource:
 
     def __getitem__(self, index: int) -> Record:
         """Record `index`."""
+        return self._record(index, self._painter.render)
+
+    def outline(self, index: int) -> Record:
+        """Record `index` for measuring, its picture not drawn."""
+        return self._record(index, lambda scene: PictureRef(name="", known_size=scene.canvas[::-1]))
+
+    def _record(self, index: int, picture: Callable[[Scene], Image.Image | PictureRef]) -> Record:
         scene = self.collage(index).scene
         messages: list[dict[str, Any]] = []
         for turn in scene.turns:
@@ -118,7 +128,7 @@ class CollageSource:
         return Record(
             id=f"collage-{self._seed}-{index}",
             messages=messages,
-            images=[self._painter.render(scene)],
+            images=[picture(scene)],
             family=scene.family,
             format="plain" if scene.family.startswith("caption") else "chat",
         )
