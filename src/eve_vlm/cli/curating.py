@@ -7,6 +7,7 @@ progress to standard error.
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -55,7 +56,7 @@ def curate(
 
     The same command again goes on where it was stopped.
     """
-    loaded = _load(recipe, overrides or [])
+    loaded = load(recipe, overrides or ())
     from eve_vlm.curate.stages import stages_of
 
     if dry_run:
@@ -76,8 +77,12 @@ def curate(
     )
 
 
-def _load(recipe: str, overrides: list[str]) -> "CurateRecipe":
-    """The recipe with overrides, every key and value checked."""
+def load(recipe: str, overrides: Sequence[str] = ()) -> "CurateRecipe":
+    """A recipe of curation with overrides, every key and value checked.
+
+    Raises:
+        ValueError: one sentence with the file, the dotted key, what is wrong and how to mend it.
+    """
     from eve_vlm.curate.recipe import CurateRecipe, checked
     from eve_vlm.train.recipe import find_recipe
     from eve_vlm.train.strict_yaml import apply_overrides, build, read_mapping
@@ -126,4 +131,4 @@ class _Lines:
         )
 
 
-__all__ = ["curate"]
+__all__ = ["curate", "load"]

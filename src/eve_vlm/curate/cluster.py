@@ -139,7 +139,7 @@ def _check_room(step: str, worker: WorkerSection) -> None:
     import ray
 
     for name, key, wanted in (("cpus", "CPU", worker.cpus), ("gpus", "GPU", worker.gpus)):
-        most = max((node["Resources"].get(key, 0.0) for node in ray.nodes() if node["Alive"]))
+        most = max(node["Resources"].get(key, 0.0) for node in ray.nodes() if node["Alive"])
         if wanted > most:
             raise ValueError(
                 f"A worker of {step} takes {wanted:g} {name}, but the largest node has {most:g}; "
