@@ -119,12 +119,14 @@ def rates(count: int) -> None:
                     )
 
 
-def memory(counts: list[int]) -> None:
+def memory(counts: list[int], block: int) -> None:
     """Small pictures in growing numbers, each in a run of its own process."""
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder) / "in", count, (96, 72), noise=0)
-            of = recipe(Path(folder) / "in", Path(folder) / "out", side=64, block=500, spread=False)
+            of = recipe(
+                Path(folder) / "in", Path(folder) / "out", side=64, block=block, spread=False
+            )
             curate(of, cores=1)
             write_curation_report(of)
             figures = json.loads((Path(of.output_dir) / "report.json").read_text())
@@ -138,11 +140,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("rates", "memory"))
     parser.add_argument("counts", type=int, nargs="*")
+    parser.add_argument("--block", type=int, default=500)
     given = parser.parse_args()
     if given.what == "rates":
         rates(given.counts[0] if given.counts else 160)
     else:
-        memory(given.counts or [1000, 4000, 16000])
+        memory(given.counts or [1000, 4000, 16000], given.block)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,21 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import tiny
 from curating import folder_of, recipe, task, waves
-from eve_vlm.curate import features, scores, spread
+from eve_vlm.curate import (
+    captions,
+    duplicates,
+    features,
+    fetching,
+    filters,
+    looking,
+    scores,
+    spread,
+)
 from eve_vlm.curate.blocks import gather, write_unit
 from eve_vlm.curate.ledger import unit_file
 from eve_vlm.curate.places import row_schema
-from eve_vlm.curate.recipe import ScoreSection, SpreadSection
+from eve_vlm.curate.recaption import recaption
+from eve_vlm.curate.recipe import RecaptionSection, ScoreSection, SpreadSection
 
 faiss = pytest.importorskip("faiss", reason="needs the extra curate")
 
@@ -195,6 +205,39 @@ def test_more_centres_than_pictures_are_refused(tmp_path):
     of = recipe("", tmp_path, spread=SpreadSection(centres=5))
     text = tiny.refused(lambda: spread_out(of, vectors, blocks=1))
     assert "5" in text and "only 4 pictures" in text
+
+
+def test_a_block_of_which_nothing_is_left_passes_through_every_stage(tmp_path):
+    """No row is lost or invented, and what comes out has the columns that the next stage asks for."""
+    pytest.importorskip("openai", reason="needs the extra curate")
+    of = recipe("", tmp_path, spread=SpreadSection(centres=1, duplicate_cosine=0.9),
+                recaption=RecaptionSection(model="m", endpoint="http://127.0.0.1:9/v1"))  # fmt: skip
+    one = task(of)
+
+    def kept(rows):
+        return rows.drop_columns(["why", "because"])
+
+    rows = row_schema().empty_table()
+    for stage in (fetching.fetch, looking.look, filters.keep_good):
+        rows = kept(stage(rows, one))
+    keys = duplicates.file_keys(rows, one)
+    write_unit(unit_file(tmp_path, duplicates.KEYS, "b0"), keys, {})
+    found = gather([unit_file(tmp_path, duplicates.KEYS, "b0")], 0)
+    pairs = duplicates.find_pairs(found, one)
+    write_unit(unit_file(tmp_path, duplicates.PAIRS, "00000"), pairs, {})
+    rows = kept(duplicates.drop_duplicates(rows, one))
+    rows = kept(scores.drop_high_scores(rows, one))
+    vectors = features.make_features(rows, one)
+    write_unit(unit_file(tmp_path, spread.CENTRES, "all"),
+               pa.table({"vector": pa.FixedSizeListArray.from_arrays(pa.array([1.0, 0.0], pa.float32()), 2)}), {})  # fmt: skip
+    places = spread.place_pictures(vectors, one)
+    write_unit(unit_file(tmp_path, spread.PLACES, "b0"), places, {})
+    found = gather([unit_file(tmp_path, spread.PLACES, "b0")], 0)
+    write_unit(unit_file(tmp_path, spread.NEAREST, "00000"), spread.keep_nearest(found, one), {})
+    for stage in (spread.drop_far, recaption, captions.keep_good_captions):
+        rows = kept(stage(rows, one))
+    assert len(rows) == 0
+    assert {"id", "sha256", "caption", "captioner", "format", "text"} <= set(rows.column_names)
 
 
 def test_the_sample_for_centres_does_not_grow_with_the_pictures(tmp_path):

@@ -30,6 +30,7 @@ from eve_vlm.curate.ledger import Ledger
 from eve_vlm.curate.page import write_curation_report
 from eve_vlm.curate.recipe import (
     CaptionsSection,
+    CostSection,
     FilterSection,
     RecaptionSection,
     SpreadSection,
@@ -190,6 +191,25 @@ def test_stages_run_alone_and_ask_for_those_before(cluster, pictures, tmp_path):
     assert curate(of, only="decode").kept == WAVES + len(EXPECTED) - 1
     assert not (tmp_path / "set/work/filter").exists()
     assert "stages of this recipe" in tiny.refused(lambda: curate(of, only="decod"))
+
+
+def test_captions_that_cost_more_than_the_recipe_allows_are_not_begun(first, pictures, tmp_path):
+    """A million for a million tokens, 700 of each picture: far above the limit; nobody is asked."""
+    shutil.copytree(first[1].folder, tmp_path / "set")
+    of = captioned(pictures, tmp_path / "set", "http://127.0.0.1:9/v1")
+    cost = CostSection(per_million_prompt_tokens=1e6, most=1000.0)
+    of = with_section(of, "recaption", cost=cost)
+    said = []
+    text = tiny.refused(lambda: curate(of, begin="recaption", say=said.append))
+    assert f"{(WAVES + 2) * 700:,}.00 USD" in text and f"{(WAVES + 2) * 700:,}.00 USD" in said[0]
+    assert not (tmp_path / "set/work/recaption").exists()
+
+
+def test_workers_that_fit_no_node_are_refused_instead_of_waited_for(cluster, pictures, tmp_path):
+    of = recipe(pictures, tmp_path, workers={"decode": WorkerSection(cpus=99)})
+    assert "largest node has 1" in tiny.refused(lambda: curate(of))
+    of = dataclasses.replace(of, workers={"decod": WorkerSection()})
+    assert "neither a stage nor a step" in tiny.refused(lambda: curate(of))
 
 
 def test_two_runs_of_one_folder_are_refused(tmp_path, pictures):

@@ -313,8 +313,8 @@ def test_the_search_finds_what_all_pairs_find(near, tmp_path, monkeypatch):
     rows = planted(600)
     blocks = tuple(f"b{number}" for number in range(6))
     order = np.random.default_rng(1).permutation(600)
-    schema = pa.schema([("id", pa.string()), ("hash", pa.uint64()), ("sha256", pa.binary()),
-                        ("signature", pa.binary()), ("width", pa.int32()), ("height", pa.int32())])  # fmt: skip
+    schema = pa.schema([("id", pa.string()), ("hash", pa.uint64()), ("sha256", pa.binary(32)),
+                        ("signature", pa.binary(hashes.SIGNATURE)), ("width", pa.int32()), ("height", pa.int32())])  # fmt: skip
     tables = {
         block: pa.Table.from_pylist([rows[at] for at in part], schema=schema)
         for block, part in zip(blocks, np.split(order, 6), strict=True)

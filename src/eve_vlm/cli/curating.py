@@ -41,7 +41,7 @@ def curate(
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="A Ray cluster, such as auto or ray://head:10001; this machine without."),
+        typer.Option(help="A Ray cluster, such as auto or head:6379; this machine without."),
     ] = None,
     cores: Annotated[
         int | None, typer.Option(min=1, help="Cores of this machine to use; all by default.")

@@ -9,7 +9,7 @@ on no order, and in a chain of near pictures more than one may go.
 """
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -55,12 +55,9 @@ def file_keys(rows: "pa.Table", task: Task) -> "pa.Table":
     import pyarrow as pa
 
     section = _section(task)
-    sums = [[int.from_bytes(one[:8])] for one in rows["sha256"].to_pylist()]
+    sums = np.array([int.from_bytes(one[:8]) for one in rows["sha256"].to_pylist()], np.uint64)
     near = section.near
-    keys = (
-        band_keys(rows["hash"].to_numpy(), section.distance) if near else np.array(sums, np.uint64)
-    )
-    keys = keys.reshape(len(rows), -1)
+    keys = band_keys(rows["hash"].to_numpy(), section.distance) if near else sums[:, None]
     count = keys.shape[1]
     pieces = _mixed(keys) % np.uint64(task.layout.buckets)
     pixels = rows["width"].to_numpy().astype(np.int64) * rows["height"].to_numpy()
@@ -76,14 +73,14 @@ def file_keys(rows: "pa.Table", task: Task) -> "pa.Table":
 def find_pairs(rows: "pa.Table", task: Task) -> "pa.Table":
     """Pictures that a better one is near to, in pieces by their block."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     section = _section(task)
-    ids = rows["id"].to_numpy(zero_copy_only=False)
     keys, hashes = rows["key"].to_numpy(), rows["hash"].to_numpy()
-    sums = np.array(rows["sha256"].to_pylist(), dtype="S32") if len(rows) else np.empty(0, "S32")
-    signatures = _as_bytes(rows["signature"].to_pylist())
-    # Under each key the best first.
-    order = np.lexsort((ids, -rows["pixels"].to_numpy(), keys))
+    sums, signatures = _as_bytes(rows["sha256"]), _as_bytes(rows["signature"])
+    # Under each key the best first.  Two million rows as Python objects would take a gigabyte.
+    by = [("key", "ascending"), ("pixels", "descending"), ("id", "ascending")]
+    order = pc.sort_indices(rows, by).to_numpy().astype(np.int64)
     starts = np.flatnonzero(np.r_[len(order) > 0, np.diff(keys[order]) != 0])
     found: dict[int, tuple[int, bool]] = {}
     for start, end in itertools.pairwise([*starts, len(order)]):
@@ -95,12 +92,13 @@ def find_pairs(rows: "pa.Table", task: Task) -> "pa.Table":
         if section.near:
             pairs += _near(group, hashes, signatures, section)
         for loser, winner in pairs:
-            found.setdefault(loser, (winner, bool(sums[loser] == sums[winner])))
+            found.setdefault(loser, (winner, bool((sums[loser] == sums[winner]).all())))
     losers = sorted(found)
+    winners = [found[one][0] for one in losers]
     return pa.table(
         {
-            "id": pa.array([ids[one] for one in losers], pa.string()),
-            "winner": pa.array([ids[found[one][0]] for one in losers], pa.string()),
+            "id": rows["id"].take(pa.array(losers, pa.int64())),
+            "winner": rows["id"].take(pa.array(winners, pa.int64())),
             "same": pa.array([found[one][1] for one in losers], pa.bool_()),
             PIECE: rows["back"].take(pa.array(losers, pa.int64())),
         }
@@ -153,12 +151,12 @@ def _near(
     return pairs
 
 
-def _equal(group: "NDArray[np.int64]", sums: Any) -> list[tuple[int, int]]:
+def _equal(group: "NDArray[np.int64]", sums: "NDArray[np.uint8]") -> list[tuple[int, int]]:
     """(loser, winner) of equal files."""
     best: dict[bytes, int] = {}
     pairs = []
     for one in group.tolist():
-        winner = best.setdefault(bytes(sums[one]), one)
+        winner = best.setdefault(sums[one].tobytes(), one)
         if winner != one:
             pairs.append((one, winner))
     return pairs
@@ -170,8 +168,14 @@ def _mixed(keys: "NDArray[np.uint64]") -> "NDArray[np.uint64]":
     return mixed >> np.uint64(40)
 
 
-def _as_bytes(values: list[bytes]) -> "NDArray[np.uint8]":
-    return np.frombuffer(b"".join(values), np.uint8).reshape(len(values), -1 if values else 0)
+def _as_bytes(column: "pa.ChunkedArray") -> "NDArray[np.uint8]":
+    """A column of bytes of one length as (rows, bytes), not copied."""
+    import pyarrow as pa
+
+    joined = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    width, first = column.type.byte_width, joined.offset
+    data = np.frombuffer(joined.buffers()[1] or b"", np.uint8)
+    return data.reshape(-1, width)[first : first + len(joined)]
 
 
 def _section(task: Task) -> DuplicatesSection:

@@ -16,6 +16,7 @@ from eve_vlm.curate.blocks import ENDING, read_facts
 from eve_vlm.json_lines import append_lines, read_lines, write_lines
 from eve_vlm.output_folder import written_whole
 
+VERSION = "1"  # of what stages write; results of another version are not gone on with
 LEDGER, MARKS, WORK = "ledger.jsonl", "settings.json", "work"
 
 
@@ -77,7 +78,7 @@ def unit_file(folder: Path, step: str, unit: str) -> Path:
 
 def marks_of(settings: dict[str, Any]) -> dict[str, str]:
     """A mark for each stage, in order, of its settings and all before it."""
-    marks, before = {}, ""
+    marks, before = {}, VERSION
     for stage, values in settings.items():
         text = json.dumps([before, stage, values], sort_keys=True, default=str)
         before = marks[stage] = hashlib.sha256(text.encode()).hexdigest()[:16]

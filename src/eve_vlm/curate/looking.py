@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from eve_vlm.curate.blocks import with_reasons
-from eve_vlm.curate.hashes import coarse_hash, signature
+from eve_vlm.curate.hashes import SIGNATURE, coarse_hash, signature
 from eve_vlm.curate.places import is_drawing, open_bytes, read_bytes
 from eve_vlm.curate.tasks import Task, bins
 
@@ -69,12 +69,12 @@ def looked_schema() -> "pa.Schema":
             ("height", pa.int32()),
             ("bytes", pa.int64()),
             ("format", pa.string()),
-            ("sha256", pa.binary()),  # of the file
+            ("sha256", pa.binary(32)),  # of the file
             ("contrast", pa.float32()),
             ("detail", pa.float32()),
             ("text_share", pa.float32()),
             ("hash", pa.uint64()),
-            ("signature", pa.binary()),
+            ("signature", pa.binary(SIGNATURE)),
         ]
     )
 
