@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 import tiny
 from curating import SENTENCE, folder_of, recipe, task, waves, with_section
 from eve_vlm.cli import curating
-from eve_vlm.curate import captions, duplicates, filters, hashes, looking, sources
+from eve_vlm.curate import captions, duplicates, filters, hashes, looking, shards, sources
 from eve_vlm.curate.blocks import gather, read_kept, write_unit
 from eve_vlm.curate.ledger import unit_file
 from eve_vlm.curate.recipe import CaptionsSection, SourceSection
@@ -180,6 +180,29 @@ def test_what_cannot_be_opened_is_dropped_and_the_rest_measured(tmp_path):
     grey = np.asarray(Image.open(tmp_path / "in/000/00000.png").convert("L"), float)
     # The copy averages about 1.6 pixels of smooth waves, which takes little from the deviation.
     assert rows[0]["contrast"] == pytest.approx(grey.std(), rel=0.05)
+
+
+def test_what_is_transparent_stands_on_white_and_is_written_so(tmp_path):
+    """A black disc on nothing: blank to whoever forgets the alpha channel."""
+    (tmp_path / "in").mkdir()
+    disc = Image.new("RGBA", (200, 200))  # black, and nothing of it to be seen
+    ImageDraw.Draw(disc).ellipse((40, 40, 160, 160), fill=(0, 0, 0, 255))
+    disc.save(tmp_path / "in/disc.png")
+    Image.new("RGBA", (200, 200), (90, 120, 200, 255)).save(
+        tmp_path / "in/opaque.webp", lossless=True
+    )
+    of = recipe(tmp_path / "in", tmp_path / "out")
+    rows = looked(of)
+    assert rows["redrawn"].to_pylist() == [True, False]
+    assert rows["contrast"][0].as_py() > 100  # of at most 127.5, half black and half white
+    row = rows.to_pylist()[0] | {"caption": "A disc.", "captioner": None}
+    made = shards.written(row, task(of))
+    written = Image.open(io.BytesIO(made.picture))
+    assert (written.mode, made.ending, written.getpixel((0, 0))) == ("RGB", "png", (255, 255, 255))
+    assert (
+        written.getpixel((100, 100)) == (0, 0, 0)
+        and made.facts["sha256_found"] != made.facts["sha256"]
+    )
 
 
 @pytest.mark.parametrize(

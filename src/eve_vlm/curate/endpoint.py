@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from eve_vlm.curate.places import Row, is_drawing, open_bytes, read_bytes
+from eve_vlm.curate.places import Row, open_bytes, read_bytes
 from eve_vlm.curate.recipe import CurateRecipe, RecaptionSection
 from eve_vlm.errors import first_line
 
@@ -271,10 +271,8 @@ def picture_url(row: Row, recipe: CurateRecipe) -> str:
     assert recipe.recaption is not None, "the stage is left out without its section"
     longest, data, kind = recipe.recaption.longest_edge, read_bytes(row), row["format"]
     size = max(row["width"], row["height"])
-    if is_drawing(row) or kind not in WEB or (longest is not None and size > longest):
-        picture = open_bytes(
-            data, row, most_pixels=recipe.decode.most_pixels, svg_size=recipe.decode.svg_size
-        )
+    if row["redrawn"] or kind not in WEB or (longest is not None and size > longest):
+        picture = open_bytes(data, row, recipe.decode).picture
         if longest is not None:
             picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         stream = io.BytesIO()

@@ -16,7 +16,7 @@ from eve_vlm.curate.blocks import ENDING, read_facts
 from eve_vlm.json_lines import append_lines, read_lines, write_lines
 from eve_vlm.output_folder import written_whole
 
-VERSION = "1"  # of what stages write; results of another version are not gone on with
+VERSION = "2"  # of what stages write; results of another version are not gone on with
 LEDGER, MARKS, WORK = "ledger.jsonl", "settings.json", "work"
 
 

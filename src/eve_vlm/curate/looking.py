@@ -39,11 +39,10 @@ def look(rows: "pa.Table", task: Task) -> "pa.Table":
     for row in rows.to_pylist():
         try:
             data = read_bytes(row)
-            picture = open_bytes(
-                data, row, most_pixels=section.most_pixels, svg_size=section.svg_size
-            )
+            picture, redrawn = open_bytes(data, row, section)
             kind = "svg" if is_drawing(row) else kind_of(data)
             found.append(measured(picture) | {"bytes": len(data), "format": kind})
+            found[-1]["redrawn"] = redrawn
             found[-1]["sha256"] = hashlib.sha256(data).digest()
             why.append(None)
             because.append(None)
@@ -69,6 +68,7 @@ def looked_schema() -> "pa.Schema":
             ("height", pa.int32()),
             ("bytes", pa.int64()),
             ("format", pa.string()),
+            ("redrawn", pa.bool_()),  # not what the file decodes to: see places.py
             ("sha256", pa.binary(32)),  # of the file
             ("contrast", pa.float32()),
             ("detail", pa.float32()),

@@ -107,12 +107,7 @@ def _bars(title: str, counter: Any) -> dict[str, Any]:
 def _thumbnail(recipe: CurateRecipe, row: dict[str, Any]) -> str | None:
     """A small copy for the page; None where the picture cannot be read any more."""
     try:
-        picture = open_bytes(
-            read_bytes(row),
-            row,
-            most_pixels=recipe.decode.most_pixels,
-            svg_size=recipe.decode.svg_size,
-        )
+        picture = open_bytes(read_bytes(row), row, recipe.decode).picture
     except ValueError:
         return None
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)

@@ -2,14 +2,15 @@
 
 Every row says it in four columns, so that pixels are read when a stage needs them and never travel
 between stages.  Easy to get wrong: drawings (.svg) have no pixels of their own; they are rendered
-on white at the recipe's size, the same in every stage.
+on white at the recipe's size, the same in every stage, as are pictures with an alpha channel.
 """
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from eve_vlm.curate.recipe import DecodeSection
 from eve_vlm.data.picture_ref import PictureFile, PicturePart, PictureRef
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SVG = ".svg"
+_MAY_BE_TRANSPARENT = (b"\x89PNG", b"GIF8", b"RIFF")  # the last is WebP
 Row = Mapping[str, Any]
 
 
@@ -73,18 +75,36 @@ def read_bytes(row: Row) -> bytes:
     return picture_ref(row).read()
 
 
-def open_bytes(data: bytes, row: Row, *, most_pixels: int, svg_size: int) -> Image.Image:
-    """A row's picture from its file's bytes, upright and in RGB.
+class Opened(NamedTuple):
+    """An opened picture."""
+
+    picture: Image.Image
+    """Upright and in RGB."""
+    redrawn: bool
+    """Whether it is not what its file decodes to: a drawing, or put on white."""
+
+
+def open_bytes(data: bytes, row: Row, section: DecodeSection) -> Opened:
+    """A row's picture from its file's bytes; what is transparent stands on white.
 
     Raises:
         ValueError: if it cannot be opened.
     """
-    if not is_drawing(row):
-        return read_picture(data, name=row["id"], max_pixels=most_pixels)
-    try:
-        return on_white(draw_svg(data.decode("utf-8"), width=svg_size))
-    except UnicodeDecodeError:
-        raise ValueError(f"{row['id']} is no text, so no drawing either; get it again.") from None
+    if is_drawing(row):
+        try:
+            return Opened(on_white(draw_svg(data.decode("utf-8"), width=section.svg_size)), True)
+        except UnicodeDecodeError:
+            raise ValueError(f"{row['id']} is no text, so no drawing; get it again.") from None
+    picture = read_picture(data, name=row["id"], max_pixels=section.most_pixels)
+    if data.startswith(_MAY_BE_TRANSPARENT):
+        # Decoded once more, behind the checks of the first time: RGB alone shows what lies below
+        # transparent pixels, mostly black.
+        with Image.open(io.BytesIO(data)) as again:
+            if again.has_transparency_data:
+                seen = ImageOps.exif_transpose(again.convert("RGBA"))
+                if np.asarray(seen.getchannel("A")).min() < 255:
+                    return Opened(on_white(seen), True)
+    return Opened(picture, False)
 
 
 def open_rows(rows: Sequence[Row], section: DecodeSection) -> list[Image.Image]:
@@ -93,10 +113,7 @@ def open_rows(rows: Sequence[Row], section: DecodeSection) -> list[Image.Image]:
     Raises:
         ValueError: if one is not there any more.
     """
-    return [
-        open_bytes(read_bytes(row), row, most_pixels=section.most_pixels, svg_size=section.svg_size)
-        for row in rows
-    ]
+    return [open_bytes(read_bytes(row), row, section).picture for row in rows]
 
 
 def as_png(picture: Image.Image) -> bytes:
@@ -108,6 +125,7 @@ def as_png(picture: Image.Image) -> bytes:
 
 __all__ = [
     "SVG",
+    "Opened",
     "as_png",
     "is_drawing",
     "open_bytes",

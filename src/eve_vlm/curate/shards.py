@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from eve_vlm.curate.blocks import written_once
-from eve_vlm.curate.places import as_png, is_drawing, open_bytes, read_bytes
+from eve_vlm.curate.places import as_png, open_bytes, read_bytes
 from eve_vlm.curate.tasks import Task
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def written(row: dict[str, Any], task: Task) -> Written:
         )
     section, ending = task.recipe.write, row["format"]
     size = (row["width"], row["height"])
-    if is_drawing(row) or (section.longest_edge is not None and max(size) > section.longest_edge):
-        decode = task.recipe.decode
-        picture = open_bytes(data, row, most_pixels=decode.most_pixels, svg_size=decode.svg_size)
+    too_long = section.longest_edge is not None and max(size) > section.longest_edge
+    if row["redrawn"] or too_long:
+        picture = open_bytes(data, row, task.recipe.decode).picture
         data, ending = _smaller(picture, section.longest_edge, section.quality)
         size = _size_of(data)
     facts = {

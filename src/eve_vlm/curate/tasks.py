@@ -134,7 +134,10 @@ def bins(values: "np.ndarray", edges: tuple[int, ...]) -> Counter[str]:
     import numpy as np
 
     names = [
-        *(f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(edges)),
+        *(
+            f"{low:,}" if high == low + 1 else f"{low:,} to {high - 1:,}"
+            for low, high in itertools.pairwise(edges)
+        ),
         f"{edges[-1]:,} or more",
     ]
     places = np.searchsorted(edges, values, side="right") - 1
