@@ -8,7 +8,9 @@ progress to standard error.
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -67,9 +69,14 @@ def curate(
     from eve_vlm.curate.page import write_curation_report
     from eve_vlm.curate.run import curate as run
 
-    result = run(
-        loaded, only=only, begin=begin, address=address, cores=cores, progress=_Lines(), say=_say
-    )
+    settings: dict[str, Any] = {"progress": _Lines(), "say": _say}
+    try:
+        result = run(loaded, only=only, begin=begin, address=address, cores=cores, **settings)
+    except ValueError:
+        if Path(loaded.output_dir).is_dir():
+            with suppress(OSError):  # a full disk, which is what stopped the run
+                _say(f"{write_curation_report(loaded)} shows how far it came.")
+        raise
     page = write_curation_report(loaded)
     typer.echo(
         f"{result.folder}: {result.kept:,} of {result.read:,} pictures are kept; {result.made:,} "

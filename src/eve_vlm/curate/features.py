@@ -5,6 +5,7 @@ CLIP, SigLIP or DINOv2 with one.  Easy to get wrong: pictures are stretched to a
 cropped, since a crop could cut off what makes two pictures different.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,7 +54,7 @@ def vectors_of(table: "pa.Table") -> np.ndarray:
     return flat.astype(np.float32).reshape(-1, width)
 
 
-def _features(pictures: list[Image.Image], model: _Model, section: SpreadSection) -> np.ndarray:
+def _features(pictures: Iterable[Image.Image], model: _Model, section: SpreadSection) -> np.ndarray:
     import torch
 
     from eve_vlm.vision_encoder import patch_features

@@ -6,7 +6,7 @@ on white at the recipe's size, the same in every stage, as are pictures with an 
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -107,13 +107,14 @@ def open_bytes(data: bytes, row: Row, section: DecodeSection) -> Opened:
     return Opened(picture, False)
 
 
-def open_rows(rows: Sequence[Row], section: DecodeSection) -> list[Image.Image]:
-    """The pictures of rows that were opened before, for a model.
+def open_rows(rows: Sequence[Row], section: DecodeSection) -> Iterator[Image.Image]:
+    """The pictures of rows that were opened before, for a model; one at a time, as some are huge.
 
     Raises:
         ValueError: if one is not there any more.
     """
-    return [open_bytes(read_bytes(row), row, section).picture for row in rows]
+    for row in rows:
+        yield open_bytes(read_bytes(row), row, section).picture
 
 
 def as_png(picture: Image.Image) -> bytes:

@@ -86,10 +86,11 @@ def _local(rows: Sequence[Row], task: Task) -> Iterator[Captioned]:
     }
     for first in range(0, len(rows), section.parallel):
         part = rows[first : first + section.parallel]
-        pictures = open_rows(part, task.recipe.decode)
-        if section.longest_edge is not None:
-            for picture in pictures:
+        pictures = []
+        for picture in open_rows(part, task.recipe.decode):
+            if section.longest_edge is not None:
                 picture.thumbnail((section.longest_edge, section.longest_edge))
+            pictures.append(picture)
         answers = engine.answer(
             [_conversation(task.recipe, picture) for picture in pictures],
             batch_size=section.parallel,

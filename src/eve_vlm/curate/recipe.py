@@ -56,8 +56,8 @@ class FetchSection:
 class DecodeSection:
     """How pictures are opened."""
 
-    most_pixels: int = 178_956_970
-    """Larger pictures are refused from their header; Pillow's own limit for errors."""
+    most_pixels: int = 64_000_000
+    """Larger pictures are refused from their header; this many take a worker about 1 GB."""
     svg_size: int = 512
     """Longer side in pixels to which drawings (.svg) are rendered."""
 

@@ -43,7 +43,7 @@ def _scores(rows: "pa.Table", section: ScoreSection, task: Task) -> np.ndarray:
     classify = _classifier(section.model, section.label)
     found = []
     for batch in rows.to_batches(max_chunksize=section.batch_size):
-        pictures = open_rows(batch.to_pylist(), task.recipe.decode)
+        pictures = list(open_rows(batch.to_pylist(), task.recipe.decode))
         answers = classify(pictures, batch_size=len(pictures), top_k=None)
         found += [
             next(one["score"] for one in answer if one["label"] == section.label)
