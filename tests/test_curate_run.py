@@ -230,6 +230,7 @@ def test_the_page_shows_every_reason_with_an_example(first):
     assert [one["rows_in"] for one in figures["stages"]][:2] == [44, 44]
 
 
+@pytest.mark.slow
 def test_workers_with_a_gpu_keep_their_model_and_spread_is_a_stage_like_others(
     cluster, pictures, teacher_folder, tmp_path
 ):
@@ -299,6 +300,7 @@ def captioned(pictures, output, url, **changes):
     return recipe(pictures, output, recaption=section, captions=rules, **changes)
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_lose_what_they_had_open_and_no_more(cluster, pictures, tmp_path):
     """Our own server behind a proxy that fails now and then; every busy worker is killed twice.
 
