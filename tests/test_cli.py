@@ -17,13 +17,10 @@ from safetensors.torch import load_file, save_file
 import tiny
 from eve_vlm import __version__, cli
 from eve_vlm.quickstart import POINTER, STAGES
-from eve_vlm.train.recipe import recipes_folder
+from eve_vlm.train.recipe import recipes_folder, stage_recipes
 from test_pictures import png_claiming
 
-SHIPPED = sorted(
-    path.relative_to(recipes_folder()).with_suffix("").as_posix()
-    for path in recipes_folder().rglob("*.yaml")
-)
+SHIPPED = list(stage_recipes())
 
 
 @pytest.fixture

@@ -20,16 +20,12 @@ from eve_vlm.train.recipe import (
     load_recipe,
     recipes_folder,
     resolved_yaml,
+    stage_recipes,
     training_arguments_dict,
 )
 from eve_vlm.train.sections import ModelSection, Recipe, StageSection
 
-SHIPPED = sorted(
-    # Those of `eve curate` are of another kind.
-    file
-    for file in recipes_folder().rglob("*.yaml")
-    if file.parent.name != "curate"
-)
+SHIPPED = list(stage_recipes().values())
 TINY = Path(__file__).with_name("fixtures") / "recipe.yaml"  # like a shipped one, but not tuned
 
 # The paper's table 8 and the published scripts: rate, warm-up, batch on 32 GPUs, side, format.

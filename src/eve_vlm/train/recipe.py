@@ -64,6 +64,16 @@ def recipes_folder() -> Path:
     return Path(__file__).resolve().parents[3] / "recipes"
 
 
+def stage_recipes() -> dict[str, Path]:
+    """{name: file} of the shipped recipes of training stages; those of `eve curate` are others."""
+    folder = recipes_folder()
+    names = {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for file in sorted(folder.rglob("*.yaml"))
+    }
+    return {name: file for name, file in names.items() if not name.startswith("curate/")}
+
+
 def find_recipe(path: str | Path) -> Path:
     """The file that `path` means: itself, with `.yaml`, or a shipped one such as `tiny/1_prealign`.
 
