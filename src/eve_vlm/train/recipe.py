@@ -90,10 +90,10 @@ def find_recipe(path: str | Path) -> Path:
     shipped = [
         file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")
     ]
-    hint = (
-        nearest(inside.as_posix().removesuffix(".yaml"), shipped) if shipped else "check the path"
-    )
-    hint = hint.replace("the keys here are", "the shipped recipes are")
+    hint = nearest(inside.as_posix().removesuffix(".yaml"), shipped)
+    if not hint.startswith("did you mean"):
+        folders = sorted({name.partition("/")[0] for name in shipped})
+        hint = f"the shipped ones are in {', '.join(folders)}" if shipped else "check the path"
     raise ValueError(f"{given}: there is no such recipe, neither here nor in {folder}; {hint}")
 
 
