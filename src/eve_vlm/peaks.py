@@ -8,6 +8,7 @@ those here are dense, and those of GeForce cards with float32 sums, as training 
 
 import re
 import time
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -108,13 +109,19 @@ def measured_peak(
 def peak_of(device: torch.device, dtype: torch.dtype) -> Peak | None:
     """The peak of a device of this machine: known, measured on a CPU, or None."""
     if device.type == "cpu":
-        return measured_peak(dtype)
+        return _measured_once(dtype, torch.get_num_threads())
     if device.type != "cuda":
         return None
     # Not `torch.get_float32_matmul_precision`, which fails where this name was used to set it, as
     # transformers does for `training.tf32`.
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return gpu_peak(torch.cuda.get_device_name(device), dtype, tf32=tf32)
+
+
+@lru_cache
+def _measured_once(dtype: torch.dtype, threads: int) -> Peak:
+    """Stages that follow one another in a process are on the same machine."""
+    return measured_peak(dtype)
 
 
 __all__ = ["GPUS", "Peak", "Rates", "gpu_peak", "measured_peak", "peak_of"]

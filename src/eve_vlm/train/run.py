@@ -67,7 +67,11 @@ class RunResult:
 
 
 def train(
-    recipe: Recipe, *, resume: bool = True, say: Callable[[str], object] = logger.info
+    recipe: Recipe,
+    *,
+    resume: bool = True,
+    say: Callable[[str], object] = logger.info,
+    report: bool = True,
 ) -> RunResult:
     """Runs one stage and saves its model; goes on where the same run stands unfinished.
 
@@ -75,6 +79,7 @@ def train(
         recipe: the stage.
         resume: whether it may go on; else an unfinished run is refused.
         say: told in a sentence where it goes on.
+        report: whether to write `report.html`, 2 s of drawing; `eve report` does it at any time.
 
     Raises:
         ValueError: for anything in the recipe, the data or the folders that a user can mend.
@@ -83,10 +88,12 @@ def train(
     check_trackers(recipe.training.get("report_to"))
     check_tasks(recipe.evaluation)
     with held(Path(recipe.output_dir)):
-        return _train(recipe, resume=resume, say=say)
+        return _train(recipe, resume=resume, say=say, report=report)
 
 
-def _train(recipe: Recipe, *, resume: bool, say: Callable[[str], object]) -> RunResult:
+def _train(
+    recipe: Recipe, *, resume: bool, say: Callable[[str], object], report: bool
+) -> RunResult:
     output = Path(recipe.output_dir)
     changed = changed_keys(output, recipe, resume=resume)
     torch.manual_seed(recipe.seed)
@@ -120,7 +127,7 @@ def _train(recipe: Recipe, *, resume: bool, say: Callable[[str], object]) -> Run
         decode=processor.tokenizer.decode,
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the same
-    watch(trainer, recipe, records=records, processor=processor)
+    watch(trainer, recipe, records=records, processor=processor, report=report)
     with StopOnSignal() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -149,7 +156,8 @@ def _train(recipe: Recipe, *, resume: bool, say: Callable[[str], object]) -> Run
         # Where it is, the run is complete.
         with written_whole(output / RESULT_FILE) as part:
             part.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
-        write_run_report(output)
+        if report:
+            write_run_report(output)
     if bad:
         logger.warning("%d records were left out; %s lists them", len(bad), BAD_RECORDS_FILE)
     return result

@@ -72,11 +72,12 @@ class RunReport(TrainerCallback):
     Args:
         folder: of the run.
         data_log: what this process could not use.
+        page: whether the page is written; without it only the records left out are.
     """
 
-    def __init__(self, folder: Path, data_log: DataLog | None = None):
+    def __init__(self, folder: Path, data_log: DataLog | None = None, *, page: bool = True):
         self.folder, self.data_log = folder, data_log
-        self._not_before = 0.0
+        self._not_before = 0.0 if page else math.inf
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes it."""

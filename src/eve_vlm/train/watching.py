@@ -38,11 +38,13 @@ def watch(
     *,
     records: Mixture | StreamMixture,
     processor: EveProcessor,
+    report: bool = True,
 ) -> None:
     """Puts everything that watches beside a trainer, before it trains.
 
     Args:
         records: of the run, for sample answers where the recipe holds nothing out.
+        report: whether pages are written.
     """
     folder, arguments = Path(recipe.output_dir), trainer.args
     # The library's own bars, for each save, would break up ours.
@@ -70,7 +72,7 @@ def watch(
         evaluation = Evaluation(recipe.evaluation, processor, folder, sharded=sharded)
         evaluation.show = lambda logs: _tell(trainer, logs)
         trainer.add_callback(evaluation)
-    trainer.add_callback(RunReport(folder, trainer.data_log))
+    trainer.add_callback(RunReport(folder, trainer.data_log, page=report))
 
 
 def _tell(trainer: EveTrainer, logs: dict[str, Any]) -> None:
