@@ -8,6 +8,7 @@ balance is counted.  Exact but for shares, whose tolerance stands beside them.
 import os
 import pickle
 from collections import Counter
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def colour(style, name):
     return 20 + 5 * place, 250 - 6 * place, 40 if style == MADE[0] else 200
 
 
+# A scene draws from four hundred turned discs; of the real thousands few are kept.
+turned = lru_cache(maxsize=None)(collage_things._turned.__wrapped__)
+
+
 class Discs:
     """In the place of a store of drawings."""
 
@@ -50,6 +55,9 @@ class Discs:
         return disc
 
 
+STORES = {style: Discs(style) for style in MADE}
+
+
 def discs(styles, *, split):
     assert split == "train"  # no drawing of another split is ever asked for
     return [
@@ -60,7 +68,7 @@ def discs(styles, *, split):
             ("thing",),
             "objects",
             f"group-{n % 5}",
-            Discs(style),
+            STORES[style],
             n,
         )
         for style in styles
@@ -72,6 +80,7 @@ def discs(styles, *, split):
 def make(monkeypatch):
     """A source of discs."""
     monkeypatch.setattr(collage_things, "emoji_drawings", discs)
+    monkeypatch.setattr(collage_things, "_turned", turned)
 
     def made(size=SIZE, families=None, seed=2, styles=MADE, **options):
         families = families or dict.fromkeys(FAMILIES, 1)
