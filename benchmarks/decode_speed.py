@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from joined_products import join_products
 
 from eve_vlm.bench.answering import answer_case
 from eve_vlm.bench.measuring import Clock, Need, Spread
@@ -26,7 +27,6 @@ from eve_vlm.bench.roof import Roof, measured_roof
 from eve_vlm.bench.subjects import SHAPES, Subject
 from eve_vlm.bench.words import QUESTION, SQUARE, picture
 from eve_vlm.serve.engine import EveEngine, user_message
-from eve_vlm.serve.joined_products import join_products
 from eve_vlm.serve.static_rows import StaticRows
 
 TUNED = {"coordinate_descent_tuning": True}
