@@ -8,11 +8,11 @@ import copy
 
 import pytest
 import torch
+from joined_products import JoinedLinear, join_products
 from torch import nn
 
 import tiny
 from eve_vlm import EveForConditionalGeneration
-from eve_vlm.serve.joined_products import JoinedLinear, join_products
 
 
 def ids_of(model):
