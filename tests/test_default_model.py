@@ -25,7 +25,6 @@ from eve_vlm.default_model.assembling import (
     FACTS,
     WEIGHTS,
     assembled_folder,
-    load_default,
     settings_of,
 )
 from eve_vlm.default_model.card import CARD
@@ -181,6 +180,9 @@ def test_what_is_shipped_says_what_it_is(shipped):
     assert facts["ranks"] == [RANK, RANK] and facts["kept"] == pytest.approx(1, abs=1e-6)
     card = (shipped / CARD).read_text(encoding="utf-8")
     assert facts["sha256"] in card and "| finetune | 2 | 8 | 1.5 | a GPU |" in card
+    # 32 pixels are 4 x 4 cells of 8: a class token, and four rows of four cells and a row-end token.
+    assert "(width 24, 4 pixels, 2 x 2 merged)" in card
+    assert "at most 4 x 4 cells (32 pixels), 21\ntokens." in card
     assert "Not measured yet." in card and "cannot do" in card
 
 
@@ -306,7 +308,6 @@ def test_eve_ask_takes_eve_small(shipped, decoder, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     entry = json.loads(done.stdout.splitlines()[-1])
     assert entry["model"].endswith("eve-small")
-    assert load_default(shipped=shipped).model.config.text_config.hidden_size == 32
 
 
 def with_manifest(decoder):

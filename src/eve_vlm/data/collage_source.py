@@ -149,7 +149,7 @@ class CollageSource:
             placement._replace(concept=cells[place].name)
             for place, placement in zip(sorted(cells), placements, strict=True)
         )
-        asking = _Asking(named, cells, grid, canvas, cast, dice)
+        asking = _Asking(named, cells, canvas, cast, dice)
         asked = dict([asking.first(family, subject, stratum)])
         single = family.startswith("caption")
         for _ in range(0 if single else self._num_turns - 1):
@@ -299,7 +299,6 @@ class _Asking(NamedTuple):
     placements: tuple[Placement, ...]
     """Called by their names."""
     cells: dict[int, Thing]
-    grid: tuple[int, int]
     canvas: tuple[int, int]
     cast: _Cast
     dice: Dice

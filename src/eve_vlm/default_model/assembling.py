@@ -20,7 +20,7 @@ from eve_vlm.cache import cache_folder
 from eve_vlm.configuration_eve import EveVisionConfig
 from eve_vlm.decoders.initialize import initialize
 from eve_vlm.default_model.difference import apply_difference, read_notes, sha256_of
-from eve_vlm.loading import Loaded, load, load_config, load_model, load_processor
+from eve_vlm.loading import load_config, load_model, load_processor
 from eve_vlm.output_folder import new_folder
 
 NAME = "eve-small"
@@ -37,15 +37,6 @@ def is_shipped(folder: Path = SHIPPED) -> bool:
 def has_decoder() -> bool:
     """Whether the decoder that it is put on was fetched."""
     return asset_state(DECODER) == "present"
-
-
-def load_default(*, shipped: Path = SHIPPED, **settings: Any) -> Loaded:
-    """The default model with its processor; arguments are those of `load`.
-
-    Raises:
-        ValueError: as `assembled_folder`.
-    """
-    return load(assembled_folder(shipped=shipped), **settings)
 
 
 def assembled_folder(
@@ -154,6 +145,5 @@ __all__ = [
     "assembled_folder",
     "has_decoder",
     "is_shipped",
-    "load_default",
     "settings_of",
 ]

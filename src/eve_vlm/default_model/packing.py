@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 import eve_vlm
-from eve_vlm.default_model.assembling import FACTS, NAME, SHIPPED, WEIGHTS, settings_of
+from eve_vlm.default_model.assembling import FACTS, SHIPPED, WEIGHTS, settings_of
 from eve_vlm.default_model.card import write_card
 from eve_vlm.default_model.difference import LIMIT, Difference, make_difference
 from eve_vlm.output_folder import written_whole
@@ -54,8 +54,9 @@ def pack(
         ValueError: if the run is not finished, or the two models do not belong together.
     """
     told = [_told(stage) for stage in stages]
+    settings = settings_of(trained)
     notes = {
-        "settings": json.dumps(settings_of(trained)),
+        "settings": json.dumps(settings),
         "commit": str(commit_of(Path(eve_vlm.__file__).parent)),
         "recipes": hashlib.sha256("".join(stage["recipe"] for stage in told).encode()).hexdigest(),
     }
@@ -72,6 +73,8 @@ def pack(
         "bytes": made.bytes,
         "kept": round(made.kept, 6),
         "ranks": [min(made.ranks.values(), default=0), max(made.ranks.values(), default=0)],
+        "vision": settings["vision"],
+        "longest_edge": settings["longest_edge"],
         "commit": notes["commit"],
         "recipes": notes["recipes"],
         "stages": [{name: stage[name] for name in SHOWN} for stage in told],
@@ -106,4 +109,4 @@ def _told(stage: Path) -> Mapping[str, Any]:
     }
 
 
-__all__ = ["NAME", "Packed", "pack"]
+__all__ = ["Packed", "pack"]

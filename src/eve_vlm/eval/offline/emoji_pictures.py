@@ -7,8 +7,6 @@ the rest here.
 """
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +19,7 @@ from eve_vlm.data.emoji_styles import NOTO, PIXELS, IconSet, OpenMoji
 from eve_vlm.data.pictograms import SEEN, UNSEEN
 from eve_vlm.data.svg_drawing import draw_svg, on_white, svg_renderer
 from eve_vlm.eval.task import MissingDataError
+from eve_vlm.output_folder import written_whole
 
 OUR_WORDS = {concept_key(code): word for word, code in (SEEN | UNSEEN).items()}
 
@@ -86,21 +85,10 @@ class EmojiPictures:
     def _render(self, concept: str, path: Path) -> Image.Image:
         drawing = draw_svg(self._noto.svg(concept), width=PIXELS, height=PIXELS)
         picture = on_white(drawing)
-        _write(path, picture)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as part:
+            picture.save(part, format="PNG")
         return picture
-
-
-def _write(path: Path, picture: Image.Image) -> None:
-    """To a file of our own, then rename: another process sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            picture.save(stream, format="PNG")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 __all__ = ["PIXELS", "EmojiPictures", "Words"]
