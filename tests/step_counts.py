@@ -3,7 +3,9 @@
 Counted on tiny models by a dispatch mode, which sees every operation that torch runs, backward and
 fused ones too.  `PYTHONPATH=tests python tests/step_counts.py` records them in `tests/goldens/step_counts.json`.
 Easy to get wrong: on a CPU nothing waits for a device, so waits are counted as the operations that
-would make a GPU's host wait: values read by Python, and shapes that depend on values.
+would make a GPU's host wait: values read by Python, shapes that depend on values, and copies to the
+host.  What is computed from such a copy stays on the host and waits for nothing, until it is copied
+to the device again; the model makes both copies on a CPU, too (`on_host`, `on_device`).
 """
 
 import json
@@ -15,12 +17,15 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 import tiny
+from eve_vlm import record_attention
 
 FILE = Path(__file__).parent / "goldens" / "step_counts.json"
 # Ask for a value on the host, or for a shape that values decide.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "item")
+WAITS += ("masked_scatter_backward", "unique_dim", "unique_consecutive", "is_nonzero")
 NO_KERNEL = ("view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select")
 NO_KERNEL += ("unsqueeze", "squeeze", "split", "split_with_sizes", "detach", "alias", "unbind")
 
@@ -31,10 +36,18 @@ class Counted(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.kernels, self.waits, self.bytes = 0, Counter(), 0
+        self.on_host = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        here = any(one in self.on_host for one in tensors(args, kwargs))
+        moved = name == "_to_copy" and kwargs.get("device") and out.dtype == args[0].dtype
+        at_once = moved and not kwargs.get("non_blocking")
+        to_host = at_once and kwargs["device"].type == "cpu"
+        if to_host or (here and not moved):
+            self.on_host.update(dict.fromkeys(tensors(out), True))
         if name in NO_KERNEL:
             return out
         self.kernels += 1
@@ -42,14 +55,20 @@ class Counted(TorchDispatchMode):
             isinstance(one, torch.Tensor) and one.dtype == torch.bool
             for one in tree_leaves(args[1])
         )
-        by_values = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        if name in WAITS or by_mask or by_values:
+        by_values = name == "repeat_interleave" and kwargs.get("output_size") is None
+        on_device = name in WAITS or by_mask or by_values or to_host
+        if (on_device and not here) or (at_once and here and not to_host):
             self.waits[name] += 1
-        given = {id(one) for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
-        for one in tree_leaves(out):
-            if isinstance(one, torch.Tensor) and id(one) not in given and one._base is None:
+        given = {id(one) for one in tensors(args, kwargs)}
+        for one in tensors(out):
+            if id(one) not in given and one._base is None:
                 self.bytes += one.numel() * one.element_size()
         return out
+
+
+def tensors(*given):
+    """Those among arguments or results."""
+    return [one for one in tree_leaves(given) if isinstance(one, torch.Tensor)]
 
 
 def count(step):
@@ -101,10 +120,20 @@ def steps():
         cache.crop(-1)
         return out
 
-    def train(**more):
-        learner.zero_grad()
-        loss = learner(input_ids=ids, attention_mask=mask, labels=labels, **pictures, **more).loss
-        loss.backward()
+    def train(model=learner, **more):
+        model.zero_grad()
+        given = {"input_ids": ids, "attention_mask": mask, "labels": labels} | pictures | more
+        model(**given).loss.backward()
+
+    packed = tiny.model(tiny.config(aligned=True)).train()
+    packed.set_attn_implementation({"text_config": record_attention.NAME})
+    row = {
+        "input_ids": torch.cat(rows)[None],
+        "attention_mask": None,
+        "labels": labels[mask.bool()][None],
+        "position_ids": torch.cat([torch.arange(len(one)) for one in rows])[None],
+        "teacher_features": features,
+    }
 
     return {
         "patch embedding": embedding,
@@ -112,6 +141,7 @@ def steps():
         "decode": decode,
         "training": train,
         "training, aligned": lambda: train(teacher_features=features),
+        "training, packed": lambda: train(packed, **row),
     }
 
 

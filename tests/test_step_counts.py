@@ -11,6 +11,7 @@ import torch
 
 import step_counts
 import tiny
+from eve_vlm.patch_embedding_eve import on_device, on_host
 
 RECORDED = json.loads(step_counts.FILE.read_text(encoding="utf-8"))
 AGAIN = "if that is meant, record it: PYTHONPATH=tests python tests/step_counts.py"
@@ -55,3 +56,23 @@ def test_the_counter_counts():
     assert found["flops"] == 128 and found["kernels"] == 5
     assert found["bytes"] == 32 + 8 + 32
     assert found["waits"] == {"_local_scalar_dense": 1, "index": 1}
+
+
+def test_what_was_copied_to_the_host_waits_for_nothing_more():
+    values = torch.tensor([2, 0, 1])
+
+    def step():
+        here = on_host(values)  # the one wait
+        owner = torch.arange(3).repeat_interleave(here)
+        assert int(here.sum()) == 3 and owner.tolist() == [0, 0, 2]
+        (there,) = on_device(values.device, owner)
+        return int(there.sum())  # on the device again, so another one
+
+    found = step_counts.count(step)
+    assert found["waits"] == {"_local_scalar_dense": 1, "_to_copy": 1}
+
+
+def test_indices_travel_together_and_arrive_as_they_were():
+    sent = torch.arange(6).view(2, 3), torch.empty(0, dtype=torch.long), torch.tensor([7])
+    came = on_device(torch.device("cpu"), *sent)
+    assert all(torch.equal(one, other) for one, other in zip(sent, came, strict=True))

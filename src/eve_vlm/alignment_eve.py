@@ -14,6 +14,8 @@ Legend: `N` image tokens, `K` picture tokens without class and row-end tokens, `
 all pictures, `D` decoder width, `W` teacher width, `L` taps, `I` pictures, `s` pool size.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from .configuration_eve import EveConfig
 from .modeling_eve import EveCausalLMOutput, EveForConditionalGeneration
-from .patch_embedding_eve import PackedGrid
+from .patch_embedding_eve import PackedGrid, on_device, on_host
 from .pooled_attention_eve import Float32LayerNorm, Float32Linear, at_least_float32
 from .published_eve import DROPPED
 
@@ -87,7 +89,8 @@ class EvePatchAligner(nn.Module):
         Returns:
             (Z, W) float32: the cells of picture 0 in reading order, then those of picture 1, ...
         """
-        members = self._members_of_cells(image_grid_thw)  # (Z, s*s) positions in the packed row
+        # (Z, s*s) positions in the packed row
+        (members,) = on_device(tapped[0].device, self._members_of_cells(on_host(image_grid_thw)))
         with torch.autocast(tapped[0].device.type, enabled=False):
             pooled = [at_least_float32(state)[members].mean(1) for state in tapped]  # L x (Z, D)
             mapped = [
@@ -100,7 +103,10 @@ class EvePatchAligner(nn.Module):
             return self.input(pooled[0]) + self.output(attended)
 
     def _members_of_cells(self, image_grid_thw: torch.Tensor) -> torch.Tensor:
-        """Packed positions of the s x s tokens of every teacher cell, (Z, s*s), without a loop."""
+        """Packed positions of the s x s tokens of every teacher cell, (Z, s*s), without a loop.
+
+        All on the host, as `PackedGrid`.
+        """
         pool = self.pool_size
         fine = PackedGrid.from_grid_thw(image_grid_thw, self.merge_size)
         coarse = PackedGrid.from_grid_thw(image_grid_thw, self.merge_size * pool)
@@ -125,6 +131,7 @@ def alignment_loss(
     Raises:
         ValueError: if student and teacher differ in shape, or the counts do not add up to Z.
     """
+    cells = on_host(cells)
     if student.shape != teacher.shape or int(cells.sum()) != student.shape[0]:
         raise ValueError(
             f"The aligner made features of shape {tuple(student.shape)} for {int(cells.sum())} "
@@ -134,6 +141,7 @@ def alignment_loss(
         )
     cosine = F.cosine_similarity(student, teacher.to(student.dtype), dim=-1)  # (Z,)
     owner = torch.repeat_interleave(torch.arange(len(cells), device=cells.device), cells)
+    owner, cells = on_device(cosine.device, owner, cells)
     return 1 - cosine.new_zeros(len(cells)).index_add(0, owner, cosine) / cells
 
 
@@ -185,6 +193,8 @@ class EveForPreTraining(EveForConditionalGeneration):
         Returns:
             `loss` is lm + weight x alignment; `loss_terms` has both, unweighted.
         """
+        if image_grid_thw is not None:
+            image_grid_thw = cast(torch.LongTensor, on_host(image_grid_thw))
         # Without pictures, too: every process has to do the same (`_untouched_aligner`).
         learning = teacher_features is not None or (self.training and labels is not None)
         output = super().forward(
@@ -229,7 +239,7 @@ class EveForPreTraining(EveForConditionalGeneration):
         tokens = 1 + self.aligner.pool_size * (self.aligner.pool_size + 1)
         state = torch.zeros(tokens, self.config.text_config.hidden_size, device=device)
         states = [state + 0.0 * tap.sum() for tap in image_taps] or [state] * len(self.aligner.taps)
-        grid = torch.tensor([[1, cell, cell]], device=device)
+        grid = torch.tensor([[1, cell, cell]])
         return 0.0 * self.aligner(tuple(states), grid).sum()
 
     def _alignment_term(

@@ -23,7 +23,14 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .configuration_eve import EveVisionConfig
 from .efficientnet_lite import EfficientNetLite0Config
 from .modeling_eve import EveForConditionalGeneration
-from .patch_embedding_eve import EvePreTrainedModel, EveProjector, PackedGrid, check_packed
+from .patch_embedding_eve import (
+    EvePreTrainedModel,
+    EveProjector,
+    PackedGrid,
+    check_packed,
+    on_device,
+    on_host,
+)
 from .vision_encoder import EncoderFacts, load_encoder, patch_features, read_encoder
 
 ABOUT = {"role": "encoder", "key": "model.encoder"}  # in errors about encoders
@@ -115,21 +122,29 @@ class EveEncoder(EvePreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         """Encodes pictures; arguments and result as `EvePatchEmbedding.forward` has them."""
+        image_grid_thw = on_host(image_grid_thw)
         check_packed(self.config, pixel_values, image_grid_thw)
         grid = PackedGrid.from_grid_thw(image_grid_thw, self.config.merge_size)
         cells = self._features(pixel_values, image_grid_thw, grid.image_of_cell)  # (K, C)
-        sums = cells.new_zeros(len(grid.rows), cells.shape[1])
-        sums = sums.index_add(0, grid.image_of_cell.to(cells.device), cells)  # (I, C)
-        means = sums / (grid.rows * grid.cols).to(cells.device).unsqueeze(1)
+        image_of_cell, number, cell_position, class_position = on_device(
+            cells.device,
+            *(grid.image_of_cell, grid.rows * grid.cols, grid.cell_position, grid.class_position),
+        )
+        sums = cells.new_zeros(len(number), cells.shape[1])
+        sums = sums.index_add(0, image_of_cell, cells)  # (I, C)
+        means = sums / number.unsqueeze(1)
         tokens = self.row_end_embedding.to(cells.dtype).expand(grid.num_tokens, -1)  # (N, C)
-        tokens = tokens.index_copy(0, grid.cell_position, cells)
-        return tokens.index_copy(0, grid.class_position, means)
+        tokens = tokens.index_copy(0, cell_position, cells)
+        return tokens.index_copy(0, class_position, means)
 
     @torch.no_grad()
     def _features(
         self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, image_of_cell: torch.Tensor
     ) -> torch.Tensor:
-        """Features of all cells, (K, C) float32; pictures of equal grids go together."""
+        """Features of all cells, (K, C) float32; pictures of equal grids go together.
+
+        Grids and `image_of_cell` are on the host.
+        """
         patches_of = image_grid_thw.prod(-1)
         cells = pixel_values.new_empty(
             len(image_of_cell), self.config.hidden_size, dtype=torch.float32
@@ -137,10 +152,14 @@ class EveEncoder(EvePreTrainedModel):
         with torch.autocast(pixel_values.device.type, enabled=False):
             for thw in image_grid_thw.unique(dim=0):
                 chosen = (image_grid_thw == thw).all(-1)  # (I,)
-                patches = pixel_values[chosen.repeat_interleave(patches_of)]
-                pixels = self._pixels(patches, *thw[1:].tolist())
+                places = (
+                    one.nonzero().squeeze(1)
+                    for one in (chosen.repeat_interleave(patches_of), chosen[image_of_cell])
+                )
+                of_patches, of_cells = on_device(cells.device, *places)
+                pixels = self._pixels(pixel_values[of_patches], *thw[1:].tolist())
                 found = patch_features(self.encoder, pixels, self.config.layer)  # (G, R*C, C)
-                cells[chosen[image_of_cell]] = found.flatten(0, 1).float()
+                cells[of_cells] = found.flatten(0, 1).float()
         return cells
 
     def _pixels(self, patches: torch.Tensor, rows: int, cols: int) -> torch.Tensor:

@@ -68,7 +68,9 @@ def language_loss(
         raise ValueError("label_groups came without num_groups; give the number of groups with it.")
     targets = _next(labels, IGNORED).to(hidden.device)  # (B, T)
     wanted = targets != IGNORED
-    states, targets = hidden[wanted], targets[wanted]  # (N, D), (N,)
+    # Places once: each use of the mask would count again, and a GPU's host waits for every count.
+    places = wanted.flatten().nonzero().squeeze(1)  # (N,) of B * T
+    states, targets = _at(places, hidden), _at(places, targets)  # (N, D), (N,)
     name = _implementation(implementation, lm_head, states, weighted=weights is not None)
     # Nothing to predict, and yet every rank must touch the head; no kernel takes zero rows.
     loss = _LOSSES[name if len(targets) else "chunked"]
@@ -77,7 +79,7 @@ def language_loss(
     losses = loss(lm_head, states, targets, reduction)  # (N,), or their sum
 
     count: torch.Tensor | int
-    chosen = None if weights is None else _next(weights, 0).to(losses)[wanted]  # (N,)
+    chosen = None if weights is None else _at(places, _next(weights, 0).to(losses))  # (N,)
     if chosen is None:
         count = wanted.sum().clamp(min=1)
     else:
@@ -86,7 +88,7 @@ def language_loss(
     total = losses.sum() / (count if num_items_in_batch is None else num_items_in_batch)
     if groups is None or num_groups is None or reduction == "sum":
         return LanguageLoss(total)
-    group = _next(groups, 0).to(hidden.device)[wanted]  # (N,)
+    group = _at(places, _next(groups, 0).to(hidden.device))  # (N,)
     parts = losses.detach(), torch.ones_like(losses) if chosen is None else chosen
     return LanguageLoss(
         total, *(part.new_zeros(num_groups).index_add(0, group, part) for part in parts)
@@ -96,6 +98,11 @@ def language_loss(
 def _next(of_positions: torch.Tensor, last: int) -> torch.Tensor:
     """What belongs to the next position, (B, T); the last position has none."""
     return F.pad(of_positions[:, 1:], (0, 1), value=last)
+
+
+def _at(places: torch.Tensor, of_positions: torch.Tensor) -> torch.Tensor:
+    """What belongs to some of all positions, (B, T, ...) to (N, ...)."""
+    return of_positions.flatten(0, 1).index_select(0, places)
 
 
 # --- implementations: (head, states (N, D), targets (N,), reduction) to (N,) or a scalar ----------

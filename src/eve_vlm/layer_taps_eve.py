@@ -41,15 +41,20 @@ class LayerTaps:
             handle.remove()
 
     def at(
-        self, mask: torch.Tensor | None, first: torch.Tensor, last: torch.Tensor
+        self, places: torch.Tensor | None, first: torch.Tensor, last: torch.Tensor
     ) -> tuple[torch.Tensor, ...] | None:
-        """The tapped states at `mask`, each (N, D), in the order asked for; (0, D) without one."""
+        """The tapped states at some of all B * T places, each (N, D), in the order asked for.
+
+        Without places (0, D).  By numbers: a mask would be counted once a tap, on the way back too,
+        and a GPU's host waits for each count.
+        """
         if self.taps is None:
             return None
-        if mask is None:
-            mask = torch.zeros(first.shape[:2], dtype=torch.bool, device=first.device)
+        if places is None:
+            places = first.new_empty(0, dtype=torch.long)
         self.outputs |= {0: first, len(self.layers): last}
-        return tuple(self.outputs[tap][mask] for tap in self.taps)
+        states = [self.outputs[tap].flatten(0, 1) for tap in self.taps]
+        return tuple(state.index_select(0, places.to(state.device)) for state in states)
 
 
 def layers_of(decoder: nn.Module) -> nn.ModuleList:

@@ -35,6 +35,7 @@ from .layer_taps_eve import LayerTaps
 from .patch_embedding_eve import (
     EvePreTrainedModel,
     EveProjector,
+    on_host,
     sample_of_picture,
     tokens_of_pictures,
     vision_tower_of,
@@ -97,19 +98,17 @@ class EveModel(EvePreTrainedModel):
         Returns:
             `last_hidden_state` (N, D) packed, and `pooler_output`, one (tokens, D) per picture.
         """
+        image_grid_thw = on_host(image_grid_thw)  # once: whatever is read of it is there then
         tokens = self.multi_modal_projector(self.vision_tower(pixel_values, image_grid_thw))
         sizes = tokens_of_pictures(image_grid_thw, self.config.vision_config.merge_size)
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens, pooler_output=torch.split(tokens, sizes.tolist())
         )
 
-    def get_placeholder_mask(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        image_features: torch.Tensor,
+    def _placeholders(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, expected: int
     ) -> torch.Tensor:
-        """(B, T) booleans, true where a picture token goes.
+        """(N,) places among all B * T where a picture token goes; the host waits for their number.
 
         Raises:
             ValueError: with both numbers, if placeholders and picture tokens differ in number.
@@ -120,18 +119,18 @@ class EveModel(EvePreTrainedModel):
                     f"The image placeholder {self.config.image_token_id} has no embedding to be "
                     "found by; give input_ids, or inputs_embeds with the pictures already in them."
                 )
-            placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            placeholder = inputs_embeds.new_full((), self.config.image_token_id, dtype=torch.long)
             mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
-        found = int(mask.sum())
-        if found != image_features.shape[0]:
+        places = mask.flatten().nonzero().squeeze(1)
+        if len(places) != expected:
             raise ValueError(
-                f"The text holds {found} image placeholders but the pictures make "
-                f"{image_features.shape[0]} tokens; "
+                f"The text holds {len(places)} image placeholders but the pictures make "
+                f"{expected} tokens; "
                 "let EveProcessor make text and pictures together, and do not cut its output."
             )
-        return mask
+        return places
 
     def _embed(
         self,
@@ -141,7 +140,7 @@ class EveModel(EvePreTrainedModel):
         image_grid_thw: torch.Tensor | None,
         mm_encoder_outputs: dict[str, Any] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Words with pictures put in (B, T, D), the placeholder mask, picture tokens (N, D)."""
+        """Words with pictures put in (B, T, D), their places (N,) of B * T, their tokens (N, D)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if (pixel_values is None) != (image_grid_thw is None):
@@ -160,8 +159,9 @@ class EveModel(EvePreTrainedModel):
             zero = self._untouched_patch_embedding() if self.training else None
             return embeds if zero is None else embeds + zero, None, None
         features = features.to(embeds.device, embeds.dtype)
-        mask = self.get_placeholder_mask(input_ids, embeds, features)
-        return embeds.masked_scatter(mask.unsqueeze(-1), features), mask, features
+        places = self._placeholders(input_ids, embeds, len(features))
+        mixed = embeds.flatten(0, 1).index_copy(0, places, features)
+        return mixed.view_as(embeds), places, features
 
     def _untouched_patch_embedding(self) -> torch.Tensor:
         """Exactly zero, but through every patch embedding weight.
@@ -174,7 +174,7 @@ class EveModel(EvePreTrainedModel):
         pixels = torch.zeros(
             vision.merge_size**2, vision.num_channels * vision.patch_size**2, device=device
         )
-        grid = torch.tensor([[1, vision.merge_size, vision.merge_size]], device=device)
+        grid = torch.tensor([[1, vision.merge_size, vision.merge_size]])
         features = self.multi_modal_projector(self.vision_tower(pixels, grid))
         return (0.0 * features.sum()).to(self.language_model.dtype)
 
@@ -206,13 +206,13 @@ class EveModel(EvePreTrainedModel):
             past_key_values, cache: one cache by either name.
         """
         cache = the_cache(past_key_values, cache)
-        inputs_embeds, mask, features = self._embed(
+        inputs_embeds, places, features = self._embed(
             input_ids, inputs_embeds, pixel_values, image_grid_thw, mm_encoder_outputs
         )
         beginning = cache is None or cache.get_seq_length() == 0
         if features is None and input_ids is not None and beginning:
             # Later steps of generation have their pictures in the cache, and no time to count.
-            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds[0, :0])
+            self._placeholders(input_ids, inputs_embeds, 0)
         taps = LayerTaps(self.language_model, image_taps)
         with taps:
             outputs = self.language_model(
@@ -228,7 +228,7 @@ class EveModel(EvePreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features,
-            image_taps=taps.at(mask, inputs_embeds, outputs.last_hidden_state),
+            image_taps=taps.at(places, inputs_embeds, outputs.last_hidden_state),
         )
 
 

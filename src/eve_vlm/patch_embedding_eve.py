@@ -36,6 +36,23 @@ from .pooled_attention_eve import (
 from .published_eve import DROPPED, KEY_MAPPING, hub_arguments, published_config_of
 
 
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, the one wait for the device that reading its values costs.
+
+    Also made where the values are on the host already, so that a CPU counts what a GPU waits for.
+    """
+    return tensor.to("cpu", copy=True)
+
+
+def on_device(device: torch.device, *indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tensors of one type made on the host, in one copy that the host does not wait for."""
+    together = torch.cat([one.flatten() for one in indices])
+    if device.type == "cuda":
+        together = together.pin_memory()  # else the host waits until it is copied
+    parts = together.to(device, non_blocking=True, copy=True).split([i.numel() for i in indices])
+    return tuple(part.view(one.shape) for part, one in zip(parts, indices, strict=True))
+
+
 def tokens_of_pictures(image_grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
     """Tokens of each picture, (I,), from its patch grid (I, 3)."""
     return num_image_tokens(image_grid_thw[:, 1] // merge_size, image_grid_thw[:, 2] // merge_size)
@@ -53,7 +70,7 @@ def sample_of_picture(
 
 @dataclass
 class PackedGrid:
-    """Where every token of every picture lies in the packed row; made without a loop.
+    """Where every token of every picture lies in the packed row; made without a loop, on the host.
 
     `cols` and `image_of_cell` are per cell; `class_position` is per picture, `cell_position` per
     cell. A position that neither names is a row-end token.
@@ -70,7 +87,10 @@ class PackedGrid:
 
     @classmethod
     def from_grid_thw(cls, image_grid_thw: torch.Tensor, merge_size: int) -> "PackedGrid":
-        """Reads (I, 3) patch grids; `repeat_interleave` and `cumsum` stand in for a loop."""
+        """Reads (I, 3) patch grids; `repeat_interleave` and `cumsum` stand in for a loop.
+
+        They should be `on_host`: on a GPU the host would wait three times.
+        """
         rows = image_grid_thw[:, 1] // merge_size
         cols = image_grid_thw[:, 2] // merge_size
         cells = rows * cols
@@ -240,8 +260,13 @@ class EvePatchEmbedding(EvePreTrainedModel):
             ValueError: if the patches do not have the model's size, or are not as many as the grids
                 say.
         """
+        image_grid_thw = on_host(image_grid_thw)
         check_packed(self.config, pixel_values, image_grid_thw)
         grid = PackedGrid.from_grid_thw(image_grid_thw, self.config.merge_size)
+        image_of_cell, first_cell, cell_position, class_position = on_device(
+            pixel_values.device,
+            *(grid.image_of_cell, grid.first_cell, grid.cell_position, grid.class_position),
+        )
         with torch.autocast(pixel_values.device.type, enabled=False):
             # Stride equals kernel, so the convolution is one matrix product over the packed patches
             # (and a third as far from the float64 value as torch's convolution: 1.3e-6 against
@@ -254,12 +279,12 @@ class EvePatchEmbedding(EvePreTrainedModel):
             class_tokens = self.class_attention(
                 self.class_embedding,
                 cells,
-                image_of_cell=grid.image_of_cell,
-                first_cell=grid.first_cell,
+                image_of_cell=image_of_cell,
+                first_cell=first_cell,
             )  # (I, C)
             tokens = at_least_float32(self.row_end_embedding).expand(grid.num_tokens, -1)  # (N, C)
-            tokens = tokens.index_copy(0, grid.cell_position, cells)
-            return tokens.index_copy_(0, grid.class_position, class_tokens)
+            tokens = tokens.index_copy(0, cell_position, cells)
+            return tokens.index_copy_(0, class_position, class_tokens)
 
 
 def check_packed(

@@ -25,6 +25,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from eve_vlm.patch_embedding_eve import on_device, on_host
+
 NAME = "sdpa_by_record"
 # torch has said "causal" in two ways.
 _WINDOWS = "window_size" in inspect.signature(varlen_attn).parameters
@@ -88,13 +90,18 @@ def _records(
     before, behind = place[:, :-1], place[:, 1:]
     joined = sees(row, head, behind, before).expand(rows, -1)
     begins = F.pad(~joined, (1, 0), value=True).flatten()  # (B * T,)
-    first = begins.nonzero().flatten()
-    bounds = F.pad(first, (0, 1), value=rows * length)
-    last = bounds[1:] - 1
-    whole = sees(first // length, head, last % length, first % length).all()
-    if not bool(whole & ~sees(row, head, before, behind).any()):
+    places = torch.arange(rows * length, device=device)
+    first = torch.where(begins, places, 0).cummax(0).values  # of the record of each position
+    within = first.view(rows, length) % length
+    last = F.pad(begins[1:], (0, 1), value=True).view(rows, length)
+    whole = (sees(row, head, place, within) | ~last).all()
+    causal = whole & ~sees(row, head, before, behind).any()
+    # All that the host has to know, in the one copy that it waits for.
+    begins, plain = on_host(torch.cat([begins, causal.view(1)])).split([rows * length, 1])
+    if not bool(plain):
         return None
-    return Records(tuple(bounds.diff().tolist()), bounds.int())
+    bounds = F.pad(begins.nonzero().squeeze(1), (0, 1), value=rows * length)
+    return Records(tuple(bounds.diff().tolist()), *on_device(torch.device(device), bounds.int()))
 
 
 @torch.compiler.disable  # where records end differs by batch, and code is not compiled for each
