@@ -43,11 +43,17 @@ def write_curation_report(recipe: CurateRecipe) -> Path:
             _bars(f"{name} ({one.name})", counter)
             for one in stages
             for name, counter in one.counts.items()
+            if counter
         ],
         rates=stages,
         bill=bill,
         kept=[
-            {"row": row, "picture": _thumbnail(recipe, row)}
+            {
+                "row": row,
+                "picture": _thumbnail(recipe, row),
+                # Before the stages of captions there is only what the source has.
+                "words": row.get("caption") or row["text"] or "",
+            }
             for row in kept_examples(recipe, folder, KEPT)
         ],
     )

@@ -70,8 +70,10 @@ def read_bytes(row: Row) -> bytes:
     """The bytes of the picture file of a row.
 
     Raises:
-        ValueError: if they cannot be read.
+        ValueError: if they cannot be read, or the picture was not fetched.
     """
+    if row["path"] is None:
+        raise ValueError(f"{row['id']} was not fetched; see why in its row.")
     return picture_ref(row).read()
 
 
