@@ -279,6 +279,14 @@ def test_urls_are_fetched_once_and_lie_where_the_rows_say(tmp_path):
         assert one["member"] == f"{base}/{name}"  # where it came from stays
 
 
+def test_a_row_without_a_url_is_dropped_with_its_reason_and_shown_without_a_picture(tmp_path):
+    of, rows = urls(tmp_path / "out", "", 80, [])
+    row = {"id": "u/1", "source": "u", "member": None}
+    made = fetching.fetch(pa.Table.from_pylist([row], schema=rows.schema), task(of)).to_pylist()[0]
+    assert (made["why"], made["because"]) == ("cannot be fetched", "its list has no URL for it")
+    assert "was not fetched" in tiny.refused(lambda: places.read_bytes(made))
+
+
 def test_what_its_list_says_is_small_is_not_fetched(tmp_path):
     names = folder_of(tmp_path / "in", 3)
     with picture_server(tmp_path / "in") as (base, port, asked):

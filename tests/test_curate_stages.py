@@ -72,7 +72,11 @@ def test_the_published_recipes_have_the_published_numbers():
         ("duplicates.distance=20", "0 to 8"),
         ("sources.0.name='a b'", "sources.0.name"),
         ("recaption.sampling.stop=x", "does not take"),
-        ("filter.least_detail=-1", "above 0"),
+        ("filter.least_detail=-1", "0 or more"),
+        ("decode.svg_size=0", "at least 1"),
+        ("fetch.timeout=0", "above 0"),
+        ("sources.0.columns={caption: txt}", "columns has caption"),
+        ("captions.languages=[english]", "'english'"),
         ("sources=[]", "add where pictures come from"),
         ("recaption.cost.per_hour=3", "captions_per_second"),
     ],
@@ -146,12 +150,15 @@ def test_lists_of_urls_keep_what_stands_beside_and_refuse_an_id_twice(tmp_path):
     found = [(row["id"], row["member"], row["licence"], row["listed_side"]) for row in listed(of)]
     assert found == [
         ("u/list.csv/x", "http://a/1.jpg", "CC BY", 480),
+        ("u/list.csv/y", None, "unknown", 1),  # fetching drops it, and so counts it
         ("u/list.csv/z", "http://a/2.jpg", "unknown", None),
     ]
     file.write_text("link,key,lic\nhttp://a/1.jpg,x,\nhttp://a/2.jpg,x,\n")
     assert "'x' twice" in tiny.refused(lambda: listed(of))
     file.write_text("url\nhttp://a/1.jpg\n")
     assert "no column 'link'" in tiny.refused(lambda: listed(of))
+    file.write_text("link,key\nhttp://a/1.jpg,x\n")  # named, so its licences must not be lost
+    assert "no column 'lic'" in tiny.refused(lambda: listed(of))
 
 
 def test_files_of_one_name_in_two_folders_have_ids_of_their_own(tmp_path):

@@ -45,7 +45,8 @@ def fetch(rows: "pa.Table", task: Task) -> "pa.Table":
     least = task.recipe.filter.shorter_side_above
     small = {row["id"] for row in listed if _is_small(row, least)}
     known = small | set(journal.finished)
-    lacking = [row for row in listed if row["path"] is None and row["id"] not in known]
+    lacking = [row for row in listed if row["member"] and row["path"] is None]
+    lacking = [row for row in lacking if row["id"] not in known]
     if lacking:
         _fetch_all(lacking, task, journal)
     why: list[str | None] = []
@@ -53,6 +54,8 @@ def fetch(rows: "pa.Table", task: Task) -> "pa.Table":
     for row in listed:
         entry = journal.finished.get(row["id"], {})
         error = entry.get("error")
+        if row["path"] is None and not row["member"]:
+            error = "its list has no URL for it"
         if row["id"] in small:
             why.append("too small")
             because.append(f"{row['listed_side']} in its list against {least}")

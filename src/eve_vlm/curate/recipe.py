@@ -279,6 +279,13 @@ AT_LEAST_ONE = {
     *("threads", "tries", "svg_size", "most_pixels", "batch_size", "image_size", "centres"),
     *("nearest", "rounds", "sample", "parallel", "pictures", "limit", "longest_edge"),
 }
+COLUMNS = {
+    "folder": {"text"},
+    "tar": {"text"},
+    "urls": {"url", "id", "text", "licence", "width", "height"},
+    "parquet": {"image", "id", "text", "licence"},
+}
+"""What a source of each kind takes names for."""
 ABOVE_ZERO = {"timeout", "first_pause", "requests_per_minute", "captions_per_second", "cpus"}
 
 
@@ -297,6 +304,19 @@ def checked(recipe: CurateRecipe) -> CurateRecipe:
             raise ValueError(
                 f"sources.{number}.name is {name!r}; give each source a name of its own, of "
                 "letters, digits, - and _."
+            )
+    for number, source in enumerate(recipe.sources):
+        unknown = sorted(set(source.columns) - COLUMNS[source.kind])
+        if unknown:
+            raise ValueError(
+                f"sources.{number}.columns has {', '.join(unknown)}, which a source of kind "
+                f"{source.kind} does not take; use {', '.join(sorted(COLUMNS[source.kind]))}."
+            )
+    for code in recipe.captions.languages or ():
+        if len(code) != 2 or not code.islower():
+            raise ValueError(
+                f"captions.languages has {code!r}, which no caption would ever be; give codes of "
+                "two small letters, such as en."
             )
     if recipe.duplicates is not None and not 0 <= recipe.duplicates.distance <= 8:
         raise ValueError(
@@ -342,8 +362,10 @@ def _check_numbers(section: Any, key: str) -> None:
             continue
         if one.name in AT_LEAST_ONE and value < 1:
             raise ValueError(f"{name} is {value}; give at least 1.")
-        if (value < 0 and one.name != "layer") or (one.name in ABOVE_ZERO and value == 0):
+        if one.name in ABOVE_ZERO and value <= 0:
             raise ValueError(f"{name} is {value}; give a number above 0.")
+        if value < 0 and one.name != "layer":
+            raise ValueError(f"{name} is {value}; give 0 or more.")
 
 
 __all__ = [

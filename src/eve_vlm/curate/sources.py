@@ -18,7 +18,6 @@ from eve_vlm.curate.places import SVG, row_schema
 from eve_vlm.curate.recipe import SourceSection
 from eve_vlm.curate.tasks import Task
 from eve_vlm.data.files import is_url, open_file
-from eve_vlm.data.kept_files import stamp_of
 from eve_vlm.data.sources.forms import PICTURE_ENDINGS
 from eve_vlm.data.sources.paths import expand
 from eve_vlm.data.tar_index import TarIndex
@@ -44,8 +43,7 @@ def list_inputs(rows: "pa.Table", task: Task) -> "pa.Table":
             above = os.path.commonpath(paths)
             names = [Path(os.path.relpath(path, above)).as_posix() for path in paths]
         for path, name in zip(paths, names, strict=True):
-            stamp = "" if Path(path).is_dir() else stamp_of(path)
-            found.append({"source": source.name, "input": path, "label": name, "stamp": stamp})
+            found.append({"source": source.name, "input": path, "label": name})
     return pa.Table.from_pylist(found)
 
 
@@ -168,17 +166,18 @@ def _urls(path: str, source: SourceSection) -> Iterator[Fields]:
     """The URLs of a list, with what stands beside them."""
     keys = ("url", "id", "text", "licence", "width", "height")
     names = {key: source.columns.get(key, key) for key in keys}
-    for number, entry in enumerate(_list_rows(path, names), start=1):
-        url = entry.get(names["url"])
-        if url:
-            row: Fields = {"id": str(entry.get(names["id"]) or number), "member": str(url)}
-            for key in ("text", "licence"):
-                if entry.get(names[key]) not in (None, ""):
-                    row[key] = str(entry[names[key]])
-            sides = [_pixels(entry.get(names[key])) for key in ("width", "height")]
-            if all(sides):
-                row["listed_side"] = min(sides)
-            yield row
+    for number, entry in enumerate(_list_rows(path, names, source), start=1):
+        url = entry.get(names["url"]) or None
+        if url is None and path.endswith(".txt"):
+            continue  # an empty line; a row without a URL is dropped where it is counted
+        row: Fields = {"id": str(entry.get(names["id"]) or number), "member": url and str(url)}
+        for key in ("text", "licence"):
+            if entry.get(names[key]) not in (None, ""):
+                row[key] = str(entry[names[key]])
+        sides = [_pixels(entry.get(names[key])) for key in ("width", "height")]
+        if all(sides):
+            row["listed_side"] = min(sides)
+        yield row
 
 
 def _pixels(value: Any) -> int:
@@ -187,13 +186,13 @@ def _pixels(value: Any) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def _list_rows(path: str, names: dict[str, str]) -> Iterator[Fields]:
+def _list_rows(path: str, names: dict[str, str], source: SourceSection) -> Iterator[Fields]:
     if path.endswith(".parquet"):
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(path) as table:
             there = table.schema_arrow.names
-            _require(path, names["url"], there)
+            _require(path, names["url"], there, source)
             columns = [one for one in names.values() if one in there]
             for batch in table.iter_batches(columns=columns):
                 yield from batch.to_pylist()
@@ -204,7 +203,7 @@ def _list_rows(path: str, names: dict[str, str]) -> Iterator[Fields]:
                 yield {names["url"]: line.strip()}
             return
         lines = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
-        _require(path, names["url"], list(lines.fieldnames or ()))
+        _require(path, names["url"], list(lines.fieldnames or ()), source)
         yield from lines
 
 
@@ -215,7 +214,7 @@ def _parquet(path: str, source: SourceSection) -> Iterator[Fields]:
     names = {key: source.columns.get(key, key) for key in ("image", "id", "text", "licence")}
     with pq.ParquetFile(path) as table:
         there = table.schema_arrow.names
-        _require(path, names["image"], there)
+        _require(path, names["image"], there, source)
         beside = {key: name for key, name in names.items() if name in there and key != "image"}
         for group in range(table.num_row_groups):
             count = table.metadata.row_group(group).num_rows
@@ -232,12 +231,14 @@ def _parquet(path: str, source: SourceSection) -> Iterator[Fields]:
                 yield fields
 
 
-def _require(path: str, column: str, there: list[str]) -> None:
-    if column not in there:
-        raise ValueError(
-            f"{path} has no column {column!r} (it has {', '.join(there)}); say its name in the "
-            "source's columns."
-        )
+def _require(path: str, column: str, there: list[str], source: SourceSection) -> None:
+    """Checks that a table has the column without which nothing goes, and all that were named."""
+    for one in (column, *source.columns.values()):
+        if one not in there:
+            raise ValueError(
+                f"{path} has no column {one!r} (it has {', '.join(there)}); say its name in the "
+                "source's columns."
+            )
 
 
 _READERS = {"folder": _folder, "tar": _tar, "urls": _urls, "parquet": _parquet}
