@@ -20,11 +20,12 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
 import serving
 import tiny
 from curating import SENTENCE, folder_of, recipe, waves, with_section
-from eve_vlm.cli import curating
+from eve_vlm.cli import app, curating
 from eve_vlm.curate.blocks import WHY, read_unit
 from eve_vlm.curate.ledger import Ledger
 from eve_vlm.curate.page import write_curation_report
@@ -191,6 +192,51 @@ def test_stages_run_alone_and_ask_for_those_before(cluster, pictures, tmp_path):
     assert curate(of, only="decode").kept == WAVES + len(EXPECTED) - 1
     assert not (tmp_path / "set/work/filter").exists()
     assert "stages of this recipe" in tiny.refused(lambda: curate(of, only="decod"))
+
+
+def test_stages_run_alone_from_the_command_line_and_each_leaves_a_page(pictures, tmp_path, cluster):
+    """Words of the source stand below the pictures as long as no stage has looked at captions."""
+    of = recipe(pictures, tmp_path / "set", block=100)
+    file = program(tmp_path, of)[4]
+    runner = CliRunner()
+    for stage in ("read", "decode"):
+        result = runner.invoke(app, ["curate", file, "--only", stage])
+        assert result.exit_code == 0, result.output
+    page = (tmp_path / "set/report.html").read_text(encoding="utf-8")
+    assert SENTENCE.format(0) in page and "<b>cannot be opened</b>: 1 " in page
+
+
+def test_settings_of_a_stage_that_was_not_begun_may_change(cluster, pictures, tmp_path):
+    of = recipe(pictures, tmp_path / "set", block=100)
+    curate(of, only="read")
+    changed = with_section(of, "filter", shorter_side_above=1000)
+    curate(with_section(changed, "decode", svg_size=100), only="decode")
+    assert "other settings" in tiny.refused(lambda: curate(of, only="decode"))
+    assert "would be removed" in tiny.refused(lambda: curate(of, only="read", begin="decode"))
+
+
+def test_captions_stand_while_the_recipe_has_none(first, tmp_path):
+    """Taken out of the recipe and put in again, they need not be paid for twice."""
+    of, result, _ = first
+    shutil.copytree(result.folder, tmp_path / "set")
+    with faulty_server() as server:
+        captioned_one = captioned(of.sources[0].path, tmp_path / "set", server.url)
+        curate(captioned_one, begin="recaption")
+        asked = dict(server.asked)
+        without = dataclasses.replace(captioned_one, recaption=None)
+        assert "--from captions" in tiny.refused(lambda: curate(without))
+        curate(without, begin="captions", only="captions")
+        curate(captioned_one, begin="captions", only="captions")
+        assert dict(server.asked) == asked and len(asked) == WAVES + 2
+
+
+def test_an_address_where_nobody_listens_is_said_at_once(tmp_path, pictures, monkeypatch):
+    """Ray alone would ask for minutes, so it must not be asked; port 9 (discard) is closed."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: pytest.fail("Ray was asked"))
+    of = recipe(pictures, tmp_path)
+    text = tiny.refused(lambda: curate(of, address="127.0.0.1:9"))
+    assert "no Ray cluster at 127.0.0.1:9" in text and "ray start --head" in text
 
 
 def test_captions_that_cost_more_than_the_recipe_allows_are_not_begun(first, pictures, tmp_path):

@@ -10,6 +10,7 @@ traceback, so it is caught in the worker and sent back as one sentence.
 import json
 import logging
 import os
+import socket
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from eve_vlm.curate.tasks import NO_EXTRA
 from eve_vlm.curate.units import Order, Range, make_unit
 from eve_vlm.errors import first_line
 
+ANSWER = 10.0  # seconds in which a cluster takes a connection
 OBJECT_STORE = 100 * 2**20  # bytes; facts are all that it holds
 
 
@@ -66,8 +68,9 @@ def ray_session(address: str | None, cores: int | None) -> Iterator[None]:
                 **quiet,
             )
         else:
+            _check_answers(address)
             ray.init(address=address, **quiet)
-    except ConnectionError as error:
+    except OSError as error:  # Ray's ConnectionError is one too
         raise ValueError(
             f"There is no Ray cluster at {address} ({error}); start one with `ray start --head` "
             "and give its address, or leave out --address to run here."
@@ -76,6 +79,17 @@ def ray_session(address: str | None, cores: int | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Whether anybody listens at HOST:PORT; Ray asks for two minutes and more before it says no.
+
+    Raises:
+        OSError: if nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=ANSWER).close()
 
 
 class _Maker:

@@ -88,6 +88,11 @@ def curate(
     stages = stages_of(recipe)
     _known(only, stages, "--only")
     _known(begin, stages, "--from")
+    if None not in (only, begin) and only != begin:
+        raise ValueError(
+            f"--only names {only} and --from {begin}, so results would be removed and not made "
+            "again; name the same stage in both, or one alone."
+        )
     _check_workers(recipe)
     folder = Path(recipe.output_dir).absolute()
     with _alone(folder):
@@ -301,9 +306,15 @@ def _alone(folder: Path) -> Iterator[None]:
 def _check_marks(
     recipe: CurateRecipe, folder: Path, stages: list[Stage], begin: str | None, ledger: Ledger
 ) -> None:
-    """Compares settings with those of the results that stand, and removes what is to start over."""
+    """Compares settings with those of the results that stand, and removes what is to start over.
+
+    Results of a stage that the recipe has no more stand too, captions above all, until a stage
+    before them starts over.
+    """
     marks = marks_of({stage.name: stage.settings(recipe) for stage in stages})
-    stood = read_marks(folder)
+    steps = [path.name for path in (folder / "work").glob("*") if any(path.iterdir())]
+    begun = {step.partition(".")[0] for step in steps}
+    stood = {name: mark for name, mark in read_marks(folder).items() if name in begun}
     names = list(marks)
     fresh = names if begin is None else names[: names.index(begin)]
     for name in fresh:
@@ -314,10 +325,11 @@ def _check_marks(
                 "give another output_dir."
             )
     if begin is not None:
-        again = set(names[names.index(begin) :]) | (set(stood) - set(names))
-        steps = [path.name for path in (folder / "work").glob("*")]
+        order = [stage.name for stage in STAGES]
+        again = order[order.index(begin) :]
         ledger.forget([step for step in steps if step.partition(".")[0] in again])
-    write_marks(folder, marks)
+        stood = {name: mark for name, mark in stood.items() if name not in again}
+    write_marks(folder, stood | marks)
 
 
 __all__ = ["Progress", "Result", "curate"]
