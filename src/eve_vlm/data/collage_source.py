@@ -26,7 +26,7 @@ from eve_vlm.data.phrases import (
     turn_about,
 )
 from eve_vlm.data.picture_ref import PictureRef
-from eve_vlm.data.records import Record
+from eve_vlm.data.records import Record, messages_of
 from eve_vlm.data.scenes import ANSWER_STEP, FAMILY_STEP, Scene, SceneDataset, SceneSettings
 from eve_vlm.data.source_options import REQUIRED, Shares, check_size, read_options
 from eve_vlm.data.splits import Dice, draw_background
@@ -118,16 +118,9 @@ class CollageSource:
 
     def _record(self, index: int, picture: Callable[[Scene], Image.Image | PictureRef]) -> Record:
         scene = self.collage(index).scene
-        messages: list[dict[str, Any]] = []
-        for turn in scene.turns:
-            content: list[dict[str, str]] = [] if messages else [{"type": "image"}]
-            content += [{"type": "text", "text": turn.question}] if turn.question else []
-            messages.append({"role": "user", "content": content})
-            answer = [{"type": "text", "text": turn.answer}]
-            messages.append({"role": "assistant", "content": answer})
         return Record(
             id=f"collage-{self._seed}-{index}",
-            messages=messages,
+            messages=messages_of(scene.turns),
             images=[picture(scene)],
             family=scene.family,
             format="plain" if scene.family.startswith("caption") else "chat",

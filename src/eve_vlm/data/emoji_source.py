@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from eve_vlm.data.emoji_styles import PIXELS, STYLES, EmojiDrawing, emoji_drawings
 from eve_vlm.data.picture_ref import PictureRef
-from eve_vlm.data.records import Record
+from eve_vlm.data.records import Record, messages_of
 from eve_vlm.data.rounds import Rounds
 from eve_vlm.data.source_options import REQUIRED, Shares, check_size, read_options
 from eve_vlm.data.splits import Dice, Split, draw_background
@@ -112,13 +112,9 @@ class EmojiSource:
         drawing, dice = self.drawing(index), Dice(*self._key, index)
         family = self._families.draw(dice.unit(), _families_of(drawing, self._families))
         question, answer = _words(drawing, family, dice)
-        texts = [{"type": "text", "text": question}] if question else []
         return Record(
             id=f"{drawing.style}-{drawing.code}-{index}",
-            messages=[
-                {"role": "user", "content": [{"type": "image"}, *texts]},
-                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-            ],
+            messages=messages_of([(question, answer)]),
             images=[picture(drawing, self._split, dice)],
             family=family,
             format="chat" if question else "plain",

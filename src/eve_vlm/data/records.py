@@ -5,7 +5,7 @@ know nothing of where an example came from. Easy to get wrong: the n-th `{"type"
 over *all* messages stands for `images[n]`; the counts must agree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,4 +45,26 @@ def text_of(message: dict[str, Any]) -> str:
     return "".join(part["text"] for part in parts_of(message) if part["type"] == "text")
 
 
-__all__ = ["Record", "parts_of", "text_of"]
+def messages_of(turns: Iterable[tuple[str, str]], *, image: bool = True) -> list[dict[str, Any]]:
+    """Hugging Face messages of questions with their answers; a picture stands before the first.
+
+    >>> [message["role"] for message in messages_of([("", "a cat")], image=False)]
+    ['assistant']
+
+    Args:
+        turns: (question, answer); the question of a caption is empty.
+        image: whether there is a picture; a caption without one has no user message.
+    """
+    messages: list[dict[str, Any]] = []
+    for number, (question, answer) in enumerate(turns):
+        asked: list[dict[str, str]] = [{"type": "image"}] if image and number == 0 else []
+        if question:
+            asked.append({"type": "text", "text": question})
+        if asked:
+            messages.append({"role": "user", "content": asked})
+        told = [{"type": "text", "text": answer}]
+        messages.append({"role": "assistant", "content": told})
+    return messages
+
+
+__all__ = ["Record", "messages_of", "parts_of", "text_of"]

@@ -10,7 +10,7 @@ grids are (rows, cols), while boxes are (left, top, right, bottom) as in Pillow.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -26,7 +26,7 @@ from eve_vlm.data.phrases import (
     turn_about,
 )
 from eve_vlm.data.pictograms import SEEN, UNSEEN, Pictograms, scaled_size
-from eve_vlm.data.records import Record
+from eve_vlm.data.records import Record, messages_of
 from eve_vlm.data.scene_settings import (
     PLACE_FAMILIES,
     SINGLE_FAMILIES,
@@ -115,7 +115,7 @@ class SceneDataset:
         scene = self.scene(index)
         return Record(
             id=f"{self.split}-{self.seed}-{index}",
-            messages=_messages(scene.turns, image=True),
+            messages=messages_of(scene.turns),
             images=[self.render(scene)],
             family=scene.family,
             format=_format(scene.family),
@@ -126,7 +126,7 @@ class SceneDataset:
         scene = self.scene(index)
         return Record(
             id=f"{self.split}-{self.seed}-{index}-text",
-            messages=_messages(scene.turns, image=False),
+            messages=messages_of(scene.turns, image=False),
             images=[],
             family=scene.family,
             format=_format(scene.family),
@@ -140,7 +140,7 @@ class SceneDataset:
         knows what to do with a picture as soon as cells look like words to it.
         """
         scene = self.scene(index)
-        messages = _messages(scene.turns, image=False)
+        messages = messages_of(scene.turns, image=False)
         text = {"type": "text", "text": description(scene, cell=cell)}
         if messages[0]["role"] == "user":
             messages[0]["content"].insert(0, text)
@@ -351,20 +351,6 @@ def description(scene: Scene, *, cell: int) -> str:
 def _format(family: str) -> Literal["plain", "chat"]:
     """Captions are rendered as captions in every stage, questions as questions."""
     return "plain" if family in CAPTION_FAMILIES else "chat"
-
-
-def _messages(turns: tuple[Turn, ...], *, image: bool) -> list[dict[str, Any]]:
-    """Hugging Face messages; a caption without its picture has no user message."""
-    messages: list[dict[str, Any]] = []
-    for number, turn in enumerate(turns):
-        asked: list[dict[str, str]] = [{"type": "image"}] if image and number == 0 else []
-        if turn.question:
-            asked.append({"type": "text", "text": turn.question})
-        if asked:
-            messages.append({"role": "user", "content": asked})
-        answer = [{"type": "text", "text": turn.answer}]
-        messages.append({"role": "assistant", "content": answer})
-    return messages
 
 
 def _offset(room: int, length: int, dice: Dice) -> int:

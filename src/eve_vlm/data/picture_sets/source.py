@@ -15,7 +15,7 @@ from typing import Any
 
 from eve_vlm.data.picture_sets.store import SETS, set_store
 from eve_vlm.data.picture_store import PictureStore
-from eve_vlm.data.records import Record
+from eve_vlm.data.records import Record, messages_of
 from eve_vlm.data.rounds import Rounds
 from eve_vlm.data.source_options import REQUIRED, Shares, check_size, read_options
 from eve_vlm.data.splits import Dice
@@ -103,18 +103,14 @@ class PictureSetSource:
         number = self.numbers[self._rounds[index]]
         facts, dice = self.store.facts[number], Dice(*self._key, index)
         family = self._families.draw(dice.unit(), _known(facts, self._families))
-        asked = [dice.choice(QUESTIONS[family])] if family in QUESTIONS else []
-        texts = [{"type": "text", "text": question} for question in asked]
+        question = dice.choice(QUESTIONS[family]) if family in QUESTIONS else ""
         answer = _answer(facts, family, dice)
         return Record(
             id=f"{self.name}-{facts['id']}-{index}",
-            messages=[
-                {"role": "user", "content": [{"type": "image"}, *texts]},
-                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-            ],
+            messages=messages_of([(question, answer)]),
             images=[self.store.picture(number)],
             family=family,
-            format="chat" if asked else "plain",
+            format="chat" if question else "plain",
         )
 
 

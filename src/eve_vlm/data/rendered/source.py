@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, cast
 from PIL import Image
 
 from eve_vlm.data.picture_ref import PictureRef
-from eve_vlm.data.records import Record
+from eve_vlm.data.records import Record, messages_of
 from eve_vlm.data.rendered.chart_figure import NEEDS_MATPLOTLIB, can_draw_charts, draw_chart
 from eve_vlm.data.rendered.charts import Chart, chart, number
 from eve_vlm.data.rendered.documents import document
@@ -165,7 +165,7 @@ class AskedPictures:
             turns = _turns(dice.shuffled(layout.questions)[: self._questions])
         return Record(
             id=f"{self.drawn.name}-{self.split}-{self._seed}-{index}",
-            messages=_messages(turns),
+            messages=messages_of(turns),
             images=[picture(layout)],
             family=self.drawn.name if family == "questions" else f"{self.drawn.name}_transcript",
             format="plain" if family == "transcript" else "chat",
@@ -201,18 +201,6 @@ def chart_transcript(drawn: Chart) -> str:
 
 def _turns(questions: list[Question]) -> list[tuple[str, str]]:
     return [(question.text, question.answers[0]) for question in questions]
-
-
-def _messages(turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Hugging Face messages; the picture stands before the first question."""
-    messages: list[dict[str, Any]] = []
-    for place, (asked, answer) in enumerate(turns):
-        content: list[dict[str, str]] = [{"type": "image"}] if place == 0 else []
-        if asked:
-            content.append({"type": "text", "text": asked})
-        messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return messages
 
 
 def _undrawn(layout: Any) -> PictureRef:
