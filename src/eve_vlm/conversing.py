@@ -26,6 +26,7 @@ from eve_vlm.output_folder import written_whole
 
 SENTENCE_END = re.compile(r"(?<=[^\W\d_])[.!?][\"')\]]*(?=\s|$)")  # not the dot of `1.`
 SHORTEST = 2  # letters of an answer
+ON_GPU, ON_CPU = 1024, 32  # prompts that are answered together unless told otherwise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,7 @@ class ConverseSettings:
     answers ask the decoder for no change at all; below it learns to be surer than it was."""
     top_k: int = 0
     """Draws from so many of the likeliest tokens; 0: from all."""
-    batch_size: int = 512
+    batch_size: int = ON_CPU
     """Prompts that are answered together."""
 
 
@@ -262,4 +263,4 @@ def _resumed(file: Path, made: dict[str, Any]) -> _State:
     return state
 
 
-__all__ = ["ConverseSettings", "Conversed", "converse"]
+__all__ = ["ON_CPU", "ON_GPU", "ConverseSettings", "Conversed", "converse"]

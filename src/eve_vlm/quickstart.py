@@ -21,7 +21,6 @@ from eve_vlm.cache import cache_folder
 from eve_vlm.data.pictograms import attribution, load_pictograms
 from eve_vlm.data.records import Record, text_of
 from eve_vlm.data.scene_source import SceneSource
-from eve_vlm.data.scenes import SceneDataset
 from eve_vlm.image_processing_eve import num_image_tokens
 from eve_vlm.report import write_report
 from eve_vlm.serve.engine import EveEngine
@@ -184,13 +183,11 @@ def _stage_recipe(name: str, output: Path, seed: int, overrides: tuple[str, ...]
 
 def _evaluate(engine: EveEngine, recipe: Recipe, result: Quickstart, questions: int) -> None:
     """Asks about held-out and unseen scenes of every family of the last stage."""
-    # As in training, but one question for each picture, so that every answer stands by itself.
-    settings = {
-        family: {**source.options.get("settings", {}), "num_turns": 1}
-        for source in recipe.data.sources
-        for family in source.options["families"]
+    asked = {
+        split: scenes_to_ask(recipe, split=split, size=questions)
+        for split in ("held_out", "unseen")
     }
-    families = [family for family in FAMILY_TITLES if family in settings]
+    families = list(asked["held_out"])
     bar = tqdm(
         total=2 * len(families) * questions,
         desc="asking about held-out pictures",
@@ -198,17 +195,8 @@ def _evaluate(engine: EveEngine, recipe: Recipe, result: Quickstart, questions: 
     )
     for family in families:
         hits = {}
-        for split in ("held_out", "unseen"):
-            scenes = SceneSource.from_options(
-                {
-                    "split": split,
-                    "size": questions,
-                    "families": {family: 1},
-                    "settings": settings[family],
-                },
-                seed=recipe.seed,
-            ).scenes
-            rows = ask_about(engine, scenes, bar.update)
+        for split, scenes in asked.items():
+            rows = ask_about(engine, scenes[family], bar.update)
             hits[split] = sum(row.right for row in rows) / len(rows)
             if split == "held_out":
                 counted = Counter(row.truth for row in rows)
@@ -227,8 +215,35 @@ def _evaluate(engine: EveEngine, recipe: Recipe, result: Quickstart, questions: 
     bar.close()
 
 
+def scenes_to_ask(recipe: Recipe, *, split: str, size: int) -> dict[str, SceneSource]:
+    """Scenes for each family of questions of a recipe, drawn as it draws them, of another split.
+
+    Which ones they are follows from the recipe's seed.  Each has one question, so that every answer
+    stands by itself.
+    """
+    options = {
+        family: source.options
+        for source in recipe.data.sources
+        for family in source.options["families"]
+    }
+    return {
+        family: SceneSource.from_options(
+            {
+                "split": split,
+                "size": size,
+                "families": {family: 1},
+                "settings": {**options[family].get("settings", {}), "num_turns": 1},
+                "square": options[family].get("square"),
+            },
+            seed=recipe.seed,
+        )
+        for family in FAMILY_TITLES
+        if family in options
+    }
+
+
 def ask_about(
-    engine: EveEngine, scenes: SceneDataset | SceneSource, advance: Callable[[int], object]
+    engine: EveEngine, scenes: SceneSource, advance: Callable[[int], object]
 ) -> list[Example]:
     """Asks the first question of every scene; `advance` is told how many more were answered."""
     rows: list[Example] = []
@@ -277,4 +292,11 @@ def _summary(output: Path, result: Quickstart) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["Example", "Quickstart", "ask_about", "last_quickstart_model", "run_quickstart"]
+__all__ = [
+    "Example",
+    "Quickstart",
+    "ask_about",
+    "last_quickstart_model",
+    "run_quickstart",
+    "scenes_to_ask",
+]

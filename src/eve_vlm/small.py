@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from eve_vlm.assets.catalogue import asset_folder
 from eve_vlm.configuration_eve import EveVisionConfig
-from eve_vlm.conversing import ConverseSettings, converse
+from eve_vlm.conversing import ON_CPU, ON_GPU, ConverseSettings, converse
 from eve_vlm.data.sources import source_of
 from eve_vlm.decoders.initialize import initialize
 from eve_vlm.decoders.loading import load_decoder, load_decoder_tokenizer
@@ -210,7 +210,7 @@ def _make_texts(file: Path, say: Callable[[str], object]) -> None:
     if file.is_file():
         return
     gpu, part = torch.cuda.is_available(), file.with_name(f"begun-{file.name}")
-    settings = ConverseSettings(number=NUM_TEXTS, batch_size=1024 if gpu else 32)
+    settings = ConverseSettings(number=NUM_TEXTS, batch_size=ON_GPU if gpu else ON_CPU)
     say(f"{file}: the decoder answers {NUM_TEXTS:,} prompts without a picture")
     folder = asset_folder(DECODER)
     decoder = load_decoder(folder, dtype=torch.bfloat16 if gpu else torch.float32).model

@@ -14,7 +14,6 @@ from .answering import Device, NumberType
 from .options import Dtype
 
 DECODER = "smollm2"
-ON_GPU, ON_CPU = 1024, 32  # prompts that are answered together
 
 
 def converse(
@@ -51,7 +50,7 @@ def converse(
     from tqdm.auto import tqdm
 
     from eve_vlm.assets.catalogue import asset_folder, assets
-    from eve_vlm.conversing import ConverseSettings
+    from eve_vlm.conversing import ON_CPU, ON_GPU, ConverseSettings
     from eve_vlm.conversing import converse as talk
     from eve_vlm.decoders.loading import load_decoder, load_decoder_tokenizer
 

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from eve_vlm.data.scene_source import SceneSource
 from eve_vlm.loading import load_config, load_model, load_processor
 from eve_vlm.output_folder import new_folder, written_whole
-from eve_vlm.quickstart import FAMILY_TITLES, ask_about
+from eve_vlm.quickstart import ask_about, scenes_to_ask
 from eve_vlm.serve.engine import EveEngine
 from eve_vlm.train.collapse import CollapseAlarm
 from eve_vlm.train.run import RunResult, finished_run, train
@@ -138,26 +137,9 @@ def scores_of(recipe: Recipe, questions: int) -> dict[str, float]:
 
     Which scenes those are follows from the seed, so all variants of a seed answer the same ones.
     """
-    options = {
-        family: source.options
-        for source in recipe.data.sources
-        for family in source.options["families"]
-    }
     engine = EveEngine.from_pretrained(recipe.output_dir)
     found = {}
-    for family in (family for family in FAMILY_TITLES if family in options):
-        # As in training, but one question for each picture, so that every answer stands by itself.
-        settings = {**options[family].get("settings", {}), "num_turns": 1}
-        scenes = SceneSource.from_options(
-            {
-                "split": "held_out",
-                "size": questions,
-                "families": {family: 1},
-                "settings": settings,
-                "square": options[family].get("square"),
-            },
-            seed=recipe.seed,
-        )
+    for family, scenes in scenes_to_ask(recipe, split="held_out", size=questions).items():
         rows = ask_about(engine, scenes, lambda _: None)
         found[family] = round(sum(row.right for row in rows) / len(rows), DECIMALS)
     return found
