@@ -77,7 +77,7 @@ def train_stage(stage: Stage) -> RunResult:
         return found
     if stage.without:
         _switch_off(stage)
-    # All claims have 168 stages, and a page takes 2 s; the curves are on the page of the claim.
+    # All claims have 168 stages, and a page takes 1.3 s; the curves are on the page of the claim.
     return train(stage.recipe, resume=True, report=False)
 
 

@@ -79,7 +79,7 @@ def train(
         recipe: the stage.
         resume: whether it may go on; else an unfinished run is refused.
         say: told in a sentence where it goes on.
-        report: whether to write `report.html`, 2 s of drawing; `eve report` does it at any time.
+        report: whether to write `report.html`, 1.3 s of drawing; `eve report` does it at any time.
 
     Raises:
         ValueError: for anything in the recipe, the data or the folders that a user can mend.
