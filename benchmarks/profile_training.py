@@ -1,6 +1,6 @@
 """Where a training step's time goes: the trainer itself, profiled for a few steps of a recipe.
 
-    python benchmarks/profile_training.py eve_small/1_prealign output_dir=/tmp/profiled
+    python benchmarks/profile_training.py eve_small/1_prealign output_dir=runs/profiled
 
 Warms up, then profiles some steps whole, what `Trainer` does between two of them included: Python
 functions of the main thread by their own time, the device's operations, and the host's.  Nothing is
