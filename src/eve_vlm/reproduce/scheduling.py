@@ -102,12 +102,13 @@ def run_all(runs: Sequence[Run], results: Path, *, logs: Path, limits: Limits, s
         say: is told of each process that ends, and how much time is left.
     """
     missing = [run for run in runs if not has_result(run, results)]
-    if missing:
-        _Pool(segments_of(missing), results, logs, limits, say).work()
     outcome = Outcome()
+    if missing:
+        pool = _Pool(segments_of(missing), results, logs, limits, say)
+        pool.work()
+        outcome.failed = pool.failed
     for run in runs:
         (outcome.done if has_result(run, results) else outcome.left).append(run.name)
-    outcome.failed = _failures(logs)
     return outcome
 
 
@@ -133,14 +134,13 @@ class _Pool:
             if segment.run is not None or segment.stages[-1].digest not in self.finished
         ]
         self.running: dict[Any, tuple[Segment, float]] = {}
+        self.failed: dict[str, str] = {}
         self.total = sum(segment.steps for segment in self.waiting)
         self.made = self.number = 0
         self.all = len(self.waiting)
 
     def work(self) -> None:
         """Until nothing is left that can run, or the time is up."""
-        for file in self.logs.glob("*.failed"):
-            file.unlink()
         context = _context(self.limits.device)
         minutes = self.limits.minutes
         end = None if minutes is None else self.began + 60 * minutes
@@ -198,7 +198,7 @@ class _Pool:
                 )
             else:
                 log = self._log(segment)
-                log.with_suffix(".failed").write_text(f"exit code {process.exitcode}\n")
+                self.failed[log.stem] = str(log)
                 self.say(f"{self.number}/{self.all} {segment.name}: FAILED; see {log}")
 
     def _left(self) -> str:
@@ -218,11 +218,6 @@ class _Pool:
             if process.is_alive():
                 process.kill()
                 process.join()
-
-
-def _failures(logs: Path) -> dict[str, str]:
-    """The processes of the last call that failed, and their words."""
-    return {file.stem: str(file.with_suffix(".log")) for file in sorted(logs.glob("*.failed"))}
 
 
 def _context(device: str) -> Any:
