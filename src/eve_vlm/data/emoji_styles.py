@@ -17,6 +17,7 @@ from PIL import Image
 from eve_vlm.assets.catalogue import asset_folder, find_asset
 from eve_vlm.data.emoji_concepts import SKIN_TONES, concept_key, is_held_out
 from eve_vlm.data.picture_store import Drawn, LeftOut, PictureStore, kept_pictures, webp
+from eve_vlm.data.source_options import check_split
 from eve_vlm.data.svg_drawing import draw_svg, svg_renderer
 
 OPENMOJI, NOTO = "openmoji", "noto"
@@ -155,8 +156,7 @@ def emoji_drawings(styles: Sequence[str], *, split: str) -> list[EmojiDrawing]:
     Raises:
         ValueError: if a style or split is unknown, or a style is neither drawn yet nor fetched.
     """
-    if split not in ("train", "held_out"):
-        raise ValueError(f"The split of emoji is {split!r}; use train or held_out.")
+    check_split(split, of="emoji")
     return [
         EmojiDrawing(
             style=style,

@@ -61,6 +61,16 @@ def check_size(size: int, *, of: str) -> int:
     return size
 
 
+def check_split(split: str, *, of: str) -> None:
+    """Which side of a data set it is.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if split not in ("train", "held_out"):
+        raise ValueError(f"The split of {of} is {split!r}; use train or held_out.")
+
+
 class Shares:
     """Things that are drawn as often as their weights say.
 
@@ -106,4 +116,4 @@ class Shares:
         return things[min(bisect.bisect_right(ends, unit * ends[-1]), len(things) - 1)]
 
 
-__all__ = ["REQUIRED", "Shares", "check_size", "read_options"]
+__all__ = ["REQUIRED", "Shares", "check_size", "check_split", "read_options"]

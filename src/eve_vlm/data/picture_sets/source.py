@@ -17,7 +17,7 @@ from eve_vlm.data.picture_sets.store import SETS, set_store
 from eve_vlm.data.picture_store import PictureStore
 from eve_vlm.data.records import Record, messages_of
 from eve_vlm.data.rounds import Rounds
-from eve_vlm.data.source_options import REQUIRED, Shares, check_size, read_options
+from eve_vlm.data.source_options import REQUIRED, Shares, check_size, check_split, read_options
 from eve_vlm.data.splits import Dice
 
 KIND = 0x9C75  # sets its dice apart from those of other kinds with the same seed
@@ -76,8 +76,7 @@ class PictureSetSource:
         size = check_size(given["size"], of="picture_set")
         families = Shares(given["families"], FAMILIES, of="picture_set")
         name, split = given["set"], given["split"]
-        if split not in ("train", "held_out"):
-            raise ValueError(f"The split of picture_set is {split!r}; use train or held_out.")
+        check_split(split, of="picture_set")
         store = set_store(name)
         numbers = [
             number

@@ -7,6 +7,7 @@ and two processes may draw one picture at once, so a file appears whole or not a
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import PIL
 from PIL import Image
@@ -25,7 +26,11 @@ def kept_picture(draw: Callable[[], Image.Image], *depends_on: object) -> Image.
         depends_on: things whose `repr` says all; the version of Pillow is always among them.
     """
     digest = hashlib.sha256(repr((PIL.__version__, depends_on)).encode()).hexdigest()[:24]
-    file = cache_folder() / FOLDER / digest[:2] / f"{digest}.png"
+    return kept_png(cache_folder() / FOLDER / digest[:2] / f"{digest}.png", draw)
+
+
+def kept_png(file: Path, draw: Callable[[], Image.Image]) -> Image.Image:
+    """The RGB picture in a PNG file, which `draw` makes where it is not there or damaged."""
     try:
         with Image.open(file) as kept:
             return kept.convert("RGB")
@@ -38,4 +43,4 @@ def kept_picture(draw: Callable[[], Image.Image], *depends_on: object) -> Image.
     return picture
 
 
-__all__ = ["FOLDER", "kept_picture"]
+__all__ = ["FOLDER", "kept_picture", "kept_png"]

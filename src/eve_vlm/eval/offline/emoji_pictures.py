@@ -7,7 +7,7 @@ the rest here.
 """
 
 import hashlib
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 from PIL import Image
@@ -17,9 +17,9 @@ from eve_vlm.cache import cache_folder
 from eve_vlm.data.emoji_concepts import concept_key
 from eve_vlm.data.emoji_styles import NOTO, PIXELS, IconSet, OpenMoji
 from eve_vlm.data.pictograms import SEEN, UNSEEN
+from eve_vlm.data.rendered.kept_picture import kept_png
 from eve_vlm.data.svg_drawing import draw_svg, on_white, svg_renderer
 from eve_vlm.eval.task import MissingDataError
-from eve_vlm.output_folder import written_whole
 
 OUR_WORDS = {concept_key(code): word for word, code in (SEEN | UNSEEN).items()}
 
@@ -58,12 +58,7 @@ class EmojiPictures:
 
     def picture(self, concept: str) -> Image.Image:
         """The drawing on white, RGB, `PIXELS` on each side."""
-        path = self._cache / f"{concept}.png"
-        try:
-            with Image.open(path) as picture:
-                return picture.convert("RGB")
-        except OSError:  # not rendered yet, or damaged: nothing in a cache is lost
-            return self._render(concept, path)
+        return kept_png(self._cache / f"{concept}.png", partial(self._render, concept))
 
     def body(self, concept: str) -> str:
         """The inside of the drawing's SVG."""
@@ -82,13 +77,8 @@ class EmojiPictures:
         names += [OUR_WORDS[concept]] if concept in OUR_WORDS else []
         return Words(tuple(dict.fromkeys(names)), self._openmoji.tags(concept))
 
-    def _render(self, concept: str, path: Path) -> Image.Image:
-        drawing = draw_svg(self._noto.svg(concept), width=PIXELS, height=PIXELS)
-        picture = on_white(drawing)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as part:
-            picture.save(part, format="PNG")
-        return picture
+    def _render(self, concept: str) -> Image.Image:
+        return on_white(draw_svg(self._noto.svg(concept), width=PIXELS, height=PIXELS))
 
 
 __all__ = ["PIXELS", "EmojiPictures", "Words"]
