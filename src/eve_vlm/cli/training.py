@@ -61,7 +61,7 @@ def quickstart(
     """Train a small model from nothing in three stages, on real pictograms, and let it answer.
 
     Takes about ten minutes on two CPU cores and leaves report.html in the folder.  Before that
-    eve-small, which is trained already, answers about a few pictures.
+    eve-small answers about a few pictures, in versions that have its weights.
     """
     from eve_vlm.quickstart import run_quickstart
 
