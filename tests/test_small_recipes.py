@@ -5,23 +5,35 @@ rows, alignment, learning rates) and replaces only what makes them large: base, 
 devices.
 """
 
+import dataclasses
 import json
+import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tests.tiny as tiny
+import torch
+from transformers import CLIPVisionModel
 from typer.testing import CliRunner
 
 from eve_vlm import small
 from eve_vlm.cli import app
+from eve_vlm.data.collator import EveCollator
 from eve_vlm.data.encode import Encoder
 from eve_vlm.data.lengths import measure
 from eve_vlm.data.sources.made import made_source
 from eve_vlm.data.sources.source import outline_of
 from eve_vlm.loading import load_model
+from eve_vlm.serve.engine import EveEngine
 from eve_vlm.small import merged_folder, stage_recipes, train_small
+from eve_vlm.train.lora import make_trainable
+from eve_vlm.train.parameters import parameter_settings
 from eve_vlm.train.recipe import load_recipe
+from eve_vlm.train.run import model_on_meta
+from eve_vlm.train.run_folder import write_recipe
 
 RECIPES = [load_recipe(f"eve_small/{name}") for name in small.STAGES]
 
@@ -73,17 +85,84 @@ def test_what_is_missing_is_said_before_anything_is_made(tmp_path, monkeypatch):
     assert "eve assets fetch smollm2" in text and not output.exists()
 
 
-# --- a tiny run -----------------------------------------------------------------------------------
+# --- recipes of a twin ----------------------------------------------------------------------------
 
-SCENES = (
-    "data.sources=[{kind: scenes, name: scenes, weight: 1.0, options: {size: 24, families: "
-    "{FAMILIES}, settings: {canvases: [[56, 56]], single_canvases: [[28, 28]]}}}]"
-)
+MAY_DIFFER = {
+    *("name", "output_dir", "model.init_from", "model.encoder"),
+    *("stage.trainable", "stage.learning_rates", "stage.alignment"),
+}
+
+
+def values(recipe):
+    """Sections of a recipe by key, two deep: `stage.trainable`, `data.sources`, `lora.rank` ..."""
+    found = {}
+    for key, section in dataclasses.asdict(recipe).items():
+        inner = section if isinstance(section, dict) else {"": section}
+        found |= {f"{key}.{name}".rstrip("."): value for name, value in inner.items()}
+    return found
 
 
 @pytest.fixture
-def overrides(tmp_path):
-    teacher = tiny.teacher_folder(tmp_path / "teacher")
+def pairs(tmp_path):
+    """Recipes of a run with values of its own, as it leaves them, and those of its twin."""
+    run = tmp_path / "run"
+    given = ["seed=7", "finetune:training.max_steps=9", "model.image.longest_edge=112"]
+    eves = stage_recipes(run, steps_scale=0.1, overrides=given)
+    for recipe in eves:
+        write_recipe(Path(recipe.output_dir), recipe)
+    return list(zip(eves, stage_recipes(tmp_path / "twin", twin_of=run), strict=True))
+
+
+def test_a_twin_has_the_recipes_of_its_run_but_for_the_encoder(tmp_path, pairs):
+    start = tmp_path / "twin" / "base"  # the run has none
+    for eve, twin in pairs:
+        before, now = values(eve), values(twin)
+        differing = {key for key in before if before[key] != now[key]}
+        named = {"name", "output_dir", "model.init_from", "model.encoder", "stage.trainable"}
+        assert before.keys() == now.keys() and named <= differing <= MAY_DIFFER
+        assert now["model.encoder"] == {"name": "efficientnet-lite0", "layer": -2}
+        assert now["stage.alignment"] is None and now["model.init_from"] == str(start)
+        assert Path(twin.output_dir).parent == tmp_path / "twin"
+        start = merged_folder(twin)
+    (texts,) = [one.path for one in pairs[2][1].data.sources if one.kind == "messages"]
+    assert texts == str(tmp_path / "run" / small.TEXTS)
+
+
+def test_what_learns_in_a_twin_learns_in_its_run_at_the_same_rate(pairs):
+    """All of it but the patch embedding and the aligner, which a twin has none of."""
+    pytest.importorskip("peft", reason="needs the extra lora")
+    for recipes in pairs:
+        rates = []
+        for recipe in recipes:
+            model = model_on_meta(recipe)
+            make_trainable(model, recipe)
+            settings = parameter_settings(model, recipe.stage)
+            rates.append({one.name: one.learning_rate for one in settings})
+        eve, twin = rates
+        row_end = "model.vision_tower.row_end_embedding"
+        assert row_end in twin and twin.items() <= eve.items()
+        rest = [name for name in eve if name not in twin]
+        assert all(name.startswith(("model.vision_tower.", "aligner.")) for name in rest)
+
+
+def test_a_twin_that_cannot_be_is_refused(tmp_path, pairs):
+    text = tiny.refused(lambda: stage_recipes(tmp_path / "run", twin_of=tmp_path / "run"))
+    assert "give it another --output" in text
+    (tmp_path / "run" / "finetune" / "recipe.resolved.yaml").unlink()
+    text = tiny.refused(lambda: stage_recipes(tmp_path / "twin", twin_of=tmp_path / "run"))
+    assert "so the finetune of its twin is not known" in text
+
+
+# --- a tiny run -----------------------------------------------------------------------------------
+
+SCENES = (
+    "{kind: scenes, name: scenes, weight: 1.0, options: {size: 24, families: "
+    "{FAMILIES}, settings: {canvases: [[56, 56]], single_canvases: [[28, 28]]}}}"
+)
+
+
+def overrides(teacher, texts):
+    talks = f"{{kind: messages, name: conversations, path: {json.dumps(str(texts))}, weight: 1.0}}"
     sizes = {
         "patch_size": tiny.PATCH,
         "merge_size": tiny.MERGE,
@@ -115,51 +194,140 @@ def overrides(tmp_path):
             for key in ("rank", "alpha")
         ),
         *(
-            f"{stage}:{SCENES.replace('FAMILIES', families)}"
-            for stage, families in (
-                ("prealign", "caption_list: 1"),
-                ("pretrain", "caption_list: 1"),
-                ("finetune", "presence: 1"),
+            f"{stage}:data.sources=[{SCENES.replace('FAMILIES', families)}{more}]"
+            for stage, families, more in (
+                ("prealign", "caption_list: 1", ""),
+                ("pretrain", "caption_list: 1", ""),
+                ("finetune", "presence: 1", f", {talks}"),
             )
         ),
     ]
 
 
-@pytest.fixture
-def base(tmp_path):
-    folder = tmp_path / "given"
-    tiny.model(tiny.config(tie_word_embeddings=True)).save_pretrained(folder)
-    tiny.processor().save_pretrained(folder)
-    return folder
+class Run(NamedTuple):
+    """A tiny run of all three stages."""
+
+    base: Path
+    output: Path
+    teacher: Path
+    overrides: list[str]
+    batches: list[dict]
+    """All that it was trained on, in its order."""
+
+    def again(self, said):
+        with noted(self.output.parent):
+            return train_small(
+                self.output, overrides=self.overrides, base=self.base, say=said.append
+            )
 
 
-def test_one_command_trains_merges_and_goes_on(tmp_path, monkeypatch, base, overrides):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # no curves: 1.3 s for each stage
-    monkeypatch.setenv("EVE_CACHE", str(tmp_path / "cache"))
-    output, said = tmp_path / "run", []
-    model = train_small(output, overrides=overrides, base=base, say=said.append)
+@contextmanager
+def noted(folder):
+    """What training takes meanwhile; without curves, which are 1.3 s for each stage."""
+    seen, collate = [], EveCollator.__call__
+
+    def kept(*arguments):
+        seen.append(collate(*arguments))
+        return dict(seen[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        patch.setenv("EVE_CACHE", str(folder / "cache"))
+        patch.setattr(EveCollator, "__call__", kept)
+        yield seen
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    base, output = folder / "given", folder / "run"
+    tiny.model(tiny.config(tie_word_embeddings=True)).save_pretrained(base)
+    tiny.processor().save_pretrained(base)
+    output.mkdir()
+    turns = [{"role": "user", "content": "Red?"}, {"role": "assistant", "content": "A colour."}]
+    line = json.dumps({"id": "talk", "messages": turns})
+    (output / small.TEXTS).write_text(f"{line}\n" * 8, encoding="utf-8")
+    teacher = tiny.teacher_folder(folder / "teacher")
+    given = overrides(teacher, output / small.TEXTS)
+    with noted(folder) as batches:
+        model = train_small(output, overrides=given, base=base)
     assert model == output / "finetune-merged"
-    start, end = (load_model(one).state_dict() for one in (base, model))
+    return Run(base, output, teacher, given, batches)
+
+
+def results(output):
+    return [
+        json.loads((output / stage / "run.json").read_text(encoding="utf-8"))
+        for stage in ("prealign", "pretrain", "finetune")
+    ]
+
+
+def test_one_command_trains_and_merges(run):
+    start, end = (
+        load_model(one).state_dict() for one in (run.base, run.output / "finetune-merged")
+    )
     changed = {name for name in start if not start[name].equal(end[name])}
     # All picture parts and all linear layers of the decoder, and nothing else of it.
     linear = {name for name in start if name.endswith("_proj.weight")}
     pictures = {name for name in start if not name.startswith(("model.language_model", "lm_head"))}
     assert linear <= changed <= linear | pictures and len(changed & pictures) > 5
-    for stage in ("prealign", "pretrain"):
-        run = json.loads((output / stage / "run.json").read_text(encoding="utf-8"))
-        assert run["steps"] == 2 and all(entry["loss_alignment"] > 0 for entry in run["losses"])
+    for stage in results(run.output)[:2]:
+        assert stage["steps"] == 2 and all(entry["loss_alignment"] > 0 for entry in stage["losses"])
 
-    said.clear()
-    assert train_small(output, overrides=overrides, base=base, say=said.append) == model
+
+def test_it_goes_on_where_it_stopped(run, tmp_path):
+    said = []
+    assert run.again(said) == run.output / "finetune-merged"
     assert said == [
         f"{name}: finished before, kept" for name in ("prealign", "pretrain", "finetune")
     ]
 
     # A stage that is trained anew does not go with those that were trained from the old one.
-    for file in (output / "prealign").iterdir():
-        file.unlink()
-    text = tiny.refused(lambda: train_small(output, overrides=overrides, base=base))
-    assert f"{output / 'pretrain'} was trained from another {output / 'prealign'}" in text
+    prealign = run.output / "prealign"
+    kept = prealign.rename(tmp_path / "kept")
+    try:
+        text = tiny.refused(lambda: run.again([]))
+    finally:
+        shutil.rmtree(prealign)
+        kept.rename(prealign)
+    assert f"{run.output / 'pretrain'} was trained from another {prealign}" in text
+
+
+def test_the_twin_of_a_run(run):
+    """Trained by one command on the very batches of its run, which it leaves as it is."""
+    files = {file: file.stat().st_mtime_ns for file in run.output.rglob("*")}
+    command = ["small", "train", "--twin-of", str(run.output)]
+    with noted(run.output.parent) as batches:
+        done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert files == {file: file.stat().st_mtime_ns for file in run.output.rglob("*")}
+    twin = run.output.with_name("run-twin")
+    assert not (twin / "packed").exists() and not (twin / "base").exists()
+
+    for eve, other in zip(results(run.output), results(twin), strict=True):
+        assert (eve["steps"], eve["records"]) == (other["steps"], other["records"])
+        assert all(entry.get("loss_alignment") is None for entry in other["losses"])
+    assert len(batches) >= 6
+    for eve, other in zip(run.batches, batches, strict=True):
+        assert {"input_ids", "labels", "pixel_values"} <= other.keys() <= eve.keys()
+        tensors = [key for key in other if isinstance(other[key], torch.Tensor)]
+        assert all(torch.equal(eve[key], other[key]) for key in tensors)
+
+    model = load_model(twin / "finetune-merged")
+    own = CLIPVisionModel.from_pretrained(run.teacher).state_dict()
+    kept = model.model.vision_tower.encoder.state_dict()
+    assert all(torch.equal(kept[name], own[name]) for name in own)
+    assert not (twin / "finetune-merged" / "adapter_config.json").exists()
+    # Merged it answers as it did with its adapters beside it.
+    merged, beside = (
+        EveEngine.from_pretrained(twin / name).ask(
+            "Red?", [tiny.picture(56, 56)], max_new_tokens=8, temperature=0
+        )
+        for name in ("finetune-merged", "finetune")
+    )
+    assert merged == beside and merged
+    packed = CliRunner().invoke(app, ["small", "pack", str(twin), "--out", str(twin / "packed")])
+    assert "is an encoder-based twin" in str(packed.exception)
 
 
 # --- sizes without drawing ------------------------------------------------------------------------

@@ -19,8 +19,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eve_vlm.assets.catalogue import asset_folder, assets
 from eve_vlm.data.talk_prompts import talk_prompts
 from eve_vlm.decoders.joining import end_ids, pad_with_something
+from eve_vlm.decoders.loading import load_decoder, load_decoder_tokenizer
 from eve_vlm.json_lines import append_lines
 from eve_vlm.output_folder import written_whole
 
@@ -61,6 +63,17 @@ class Conversed(NamedTuple):
     """Prompts whose answer had no letters, or no whole sentence before the limit."""
 
 
+class Speaker(NamedTuple):
+    """A decoder that is ready to answer."""
+
+    decoder: PreTrainedModel
+    """On its device, in the type in which it computes."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its own."""
+    batch_size: int
+    """Prompts that it answers together unless told otherwise."""
+
+
 class _State(NamedTuple):
     batches: int
     size: int
@@ -68,6 +81,28 @@ class _State(NamedTuple):
     written: int
     cut: int
     left_out: int
+
+
+def load_speaker(
+    name: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> Speaker:
+    """Loads a decoder to talk to.
+
+    Args:
+        name: an asset, or a folder, GGUF file or Hub id.
+        device: None takes the GPU where there is one.
+        dtype: None takes bfloat16 on a GPU, else float32.
+
+    Raises:
+        ValueError: if it is not there or cannot be read.
+    """
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = place.startswith("cuda")
+    folder = asset_folder(str(name)) if name in assets() else name
+    tokenizer = load_decoder_tokenizer(folder)
+    kind = dtype or (torch.bfloat16 if gpu else torch.float32)
+    decoder = load_decoder(folder, dtype=kind).model.to(place)
+    return Speaker(decoder, tokenizer, ON_GPU if gpu else ON_CPU)
 
 
 def converse(
@@ -263,4 +298,12 @@ def _resumed(file: Path, made: dict[str, Any]) -> _State:
     return state
 
 
-__all__ = ["ON_CPU", "ON_GPU", "ConverseSettings", "Conversed", "converse"]
+__all__ = [
+    "ON_CPU",
+    "ON_GPU",
+    "ConverseSettings",
+    "Conversed",
+    "Speaker",
+    "converse",
+    "load_speaker",
+]

@@ -2,29 +2,28 @@
 
 A base is made from the asset `smollm2`, its decoder answers some thousand prompts without a
 picture, the three recipes in `recipes/eve_small` run one after the other, and what their adapters
-learnt is merged into a plain folder after each.  Easy to get wrong:
-nothing is fetched here, so that a machine without a network says at once what it lacks and not in
-the middle of the second stage.
+learnt is merged into a plain folder after each.  An encoder-based twin for comparison is trained by
+the recipes that a run left, so that no value can differ but those of `twin_recipe`.  Easy to get
+wrong: nothing is fetched here, so that a machine without a network says at once what it lacks and
+not in the middle of the second stage.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from eve_vlm.assets.catalogue import asset_folder
 from eve_vlm.configuration_eve import EveVisionConfig
-from eve_vlm.conversing import ON_CPU, ON_GPU, ConverseSettings, converse
+from eve_vlm.conversing import ConverseSettings, converse, load_speaker
 from eve_vlm.data.sources import source_of
 from eve_vlm.decoders.initialize import initialize
-from eve_vlm.decoders.loading import load_decoder, load_decoder_tokenizer
 from eve_vlm.export.decoder import require_gguf
 from eve_vlm.export.merged_run import merge_run
 from eve_vlm.lora_adapters import require_peft
@@ -32,48 +31,113 @@ from eve_vlm.output_folder import new_folder
 from eve_vlm.train.build import build_teacher
 from eve_vlm.train.recipe import load_recipe
 from eve_vlm.train.run import finished_run, train
-from eve_vlm.train.sections import Recipe
+from eve_vlm.train.run_folder import RECIPE_FILE
+from eve_vlm.train.sections import EncoderSection, Recipe
+from eve_vlm.vision_encoder import EFFICIENTNET
 
 STAGES = ("1_prealign", "2_pretrain", "3_finetune")
 DECODER = "smollm2"  # the asset
 BASE = "base"  # folder of a run, beside those of the stages
 TEXTS = "conversations.jsonl"  # in the folder of a run: records without a picture
 NUM_TEXTS = 6000
+# What globs of eve-small's trainable parts mean in its twin, where `*.layers.*` may name the frozen
+# encoder too; it has no aligner.
+TWIN_GLOBS = {
+    "*.layers.*": "model.language_model.layers.*",
+    "model.vision_tower.*": "model.vision_tower.row_end_embedding",
+}
+ALIGNER = "aligner."
 
 
 def stage_recipes(
-    output: Path, *, steps_scale: float = 1.0, overrides: Sequence[str] = ()
+    output: Path,
+    *,
+    steps_scale: float = 1.0,
+    overrides: Sequence[str] = (),
+    twin_of: Path | None = None,
 ) -> list[Recipe]:
-    """The shipped recipes with their folders below `output`.
+    """The shipped recipes with their folders below `output`, or those of a twin.
 
     Args:
         output: folder of the run.
         steps_scale: factor of every recipe's `training.max_steps`.
         overrides: `key=value` for every stage; `finetune:key=value` for one.
+        twin_of: folder of another run, by whose recipes and conversations a twin is trained; from
+            its base too where that is still there.
 
     Raises:
-        ValueError: as `load_recipe`, or for a stage that there is none of.
+        ValueError: as `load_recipe`, for a stage that there is none of, or a run that lacks one.
     """
     if steps_scale <= 0:
         raise ValueError(f"--steps-scale is {steps_scale}; give a number above 0.")
     recipes: list[Recipe] = []
-    start = output / BASE
+    start, texts = output / BASE, output / TEXTS
+    if twin_of is not None:
+        texts = twin_of / TEXTS
+        if (twin_of / BASE / "config.json").is_file():
+            start = twin_of / BASE
     for name in STAGES:
         stage = name.split("_", 1)[1]
-        steps = load_recipe(f"eve_small/{name}").training["max_steps"]
+        file = f"eve_small/{name}" if twin_of is None else _recipe_file(twin_of, output, stage)
+        given = load_recipe(file)
+        steps = max(round(given.training["max_steps"] * steps_scale), 1)
         recipe = load_recipe(
-            f"eve_small/{name}",
+            file,
             [
                 f"output_dir={json.dumps(str(output / stage))}",
                 f"model.init_from={json.dumps(str(start))}",
-                f"training.max_steps={max(round(steps * steps_scale), 1)}",
-                *_texts(output / TEXTS, name),
+                f"training.max_steps={steps}",
+                *_texts(texts, given),
                 *_overrides_of(stage, overrides),
             ],
         )
         recipes.append(recipe)
         start = merged_folder(recipe)
-    return recipes
+    return recipes if twin_of is None else _twins(recipes)
+
+
+def twin_recipe(recipe: Recipe, encoder: EncoderSection) -> Recipe:
+    """The same stage of an encoder-based twin: all that the two may differ in, beside folders.
+
+    A frozen encoder and a new projector stand in place of the patch embedding layer, and nothing
+    is aligned, because the aligner is EVE's.
+    """
+    globs = [glob for glob in recipe.stage.trainable if not glob.startswith(ALIGNER)]
+    rates = recipe.stage.learning_rates.items()
+    return replace(
+        recipe,
+        name=f"eve-small-twin-{recipe.stage.name}",
+        model=replace(recipe.model, encoder=encoder),
+        stage=replace(
+            recipe.stage,
+            trainable=[TWIN_GLOBS.get(glob, glob) for glob in globs],
+            learning_rates={glob: rate for glob, rate in rates if not glob.startswith(ALIGNER)},
+            alignment=None,
+        ),
+    )
+
+
+def _twins(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Of all stages.  The encoder is the teacher of the stages that have one, as published."""
+    teachers = (one.stage.alignment for one in recipes if one.stage.alignment is not None)
+    teacher = next(teachers, None)
+    encoder = EncoderSection(name=EFFICIENTNET)
+    if teacher is not None:
+        encoder = EncoderSection(name=teacher.teacher, layer=teacher.layer)
+    return [twin_recipe(recipe, encoder) for recipe in recipes]
+
+
+def _recipe_file(run: Path, output: Path, stage: str) -> Path:
+    """The recipe that a stage of another run was trained by."""
+    if run.resolve() == output.resolve():
+        raise ValueError(f"{output} is the run that the twin is of; give it another --output.")
+    file = run / stage / RECIPE_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is not there, so the {stage} of its twin is not known; give the folder of an "
+            "`eve small train` that came to its last stage."
+        )
+    return file
 
 
 def merged_folder(recipe: Recipe) -> Path:
@@ -88,13 +152,14 @@ def train_small(
     steps_scale: float = 1.0,
     overrides: Sequence[str] = (),
     base: Path | None = None,
+    twin_of: Path | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> Path:
-    """Trains `eve-small`; stages that an earlier call finished are kept.
+    """Trains `eve-small` or a twin of it; stages that an earlier call finished are kept.
 
     Args:
         output: folder of the run, with one folder for each stage below.
-        steps_scale, overrides: see `stage_recipes`.
+        steps_scale, overrides, twin_of: see `stage_recipes`.
         base: a model to start from in place of a new one on the asset's decoder.
         say: told in a sentence what is done.
 
@@ -105,7 +170,7 @@ def train_small(
         ValueError: for what is missing, and for what a user can mend in overrides and folders.
     """
     transformers_logging.disable_progress_bar()
-    recipes = stage_recipes(output, steps_scale=steps_scale, overrides=overrides)
+    recipes = stage_recipes(output, steps_scale=steps_scale, overrides=overrides, twin_of=twin_of)
     if lacking := lacking_parts(recipes, decoder=base is None):
         raise ValueError(f"eve-small cannot be trained yet: {' '.join(lacking)}")
     _make_base(recipes[0], base, say)
@@ -148,7 +213,8 @@ def lacking_parts(recipes: Sequence[Recipe], *, decoder: bool = True) -> list[st
         checks += [
             partial(source_of, source, seed=recipe.seed)
             for source in recipe.data.sources
-            if Path(source.path or "").name != TEXTS  # is made when it is its turn
+            # That of the run itself is made when it is its turn.
+            if source.path != str(Path(recipe.output_dir).parent / TEXTS)
         ]
     for check in checks:
         try:
@@ -173,13 +239,12 @@ def _overrides_of(stage: str, overrides: Sequence[str]) -> list[str]:
     return kept
 
 
-def _texts(file: Path, name: str) -> list[str]:
-    """The override that puts the run's own file of conversations into a recipe that has some."""
-    sources = load_recipe(f"eve_small/{name}").data.sources
+def _texts(file: Path, recipe: Recipe) -> list[str]:
+    """The override that puts a run's own file of conversations into a recipe that has some."""
     return [
         f"data.sources.{index}.path={json.dumps(str(file))}"
-        for index, source in enumerate(sources)
-        if source.name == TEXTS.removesuffix(".jsonl")
+        for index, source in enumerate(recipe.data.sources)
+        if Path(source.path or "").name == TEXTS
     ]
 
 
@@ -209,15 +274,14 @@ def _make_texts(file: Path, say: Callable[[str], object]) -> None:
     """Conversations of the decoder itself, unless the file is there; goes on with begun ones."""
     if file.is_file():
         return
-    gpu, part = torch.cuda.is_available(), file.with_name(f"begun-{file.name}")
-    settings = ConverseSettings(number=NUM_TEXTS, batch_size=ON_GPU if gpu else ON_CPU)
+    part = file.with_name(f"begun-{file.name}")
     say(f"{file}: the decoder answers {NUM_TEXTS:,} prompts without a picture")
-    folder = asset_folder(DECODER)
-    decoder = load_decoder(folder, dtype=torch.bfloat16 if gpu else torch.float32).model
+    speaker = load_speaker(DECODER)
+    settings = ConverseSettings(number=NUM_TEXTS, batch_size=speaker.batch_size)
     with tqdm(total=NUM_TEXTS, desc="answering", unit=" prompts") as bar:
         converse(
-            decoder.to("cuda" if gpu else "cpu"),
-            load_decoder_tokenizer(folder),
+            speaker.decoder,
+            speaker.tokenizer,
             part,
             settings,
             name=DECODER,
@@ -226,4 +290,11 @@ def _make_texts(file: Path, say: Callable[[str], object]) -> None:
     os.replace(part, file)
 
 
-__all__ = ["STAGES", "lacking_parts", "merged_folder", "stage_recipes", "train_small"]
+__all__ = [
+    "STAGES",
+    "lacking_parts",
+    "merged_folder",
+    "stage_recipes",
+    "train_small",
+    "twin_recipe",
+]

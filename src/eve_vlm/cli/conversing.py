@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from .answering import Device, NumberType
-from .options import Dtype
 
 DECODER = "smollm2"
 
@@ -49,17 +48,14 @@ def converse(
     import torch
     from tqdm.auto import tqdm
 
-    from eve_vlm.assets.catalogue import asset_folder, assets
-    from eve_vlm.conversing import ON_CPU, ON_GPU, ConverseSettings
+    from eve_vlm.conversing import ConverseSettings, load_speaker
     from eve_vlm.conversing import converse as talk
-    from eve_vlm.decoders.loading import load_decoder, load_decoder_tokenizer
 
     if split not in ("train", "held_out"):
         raise ValueError(f"--split is {split!r}; use train or held_out.")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = place.startswith("cuda")
-    kind = dtype or (Dtype.bfloat16 if gpu else Dtype.float32)
-    folder = asset_folder(decoder) if decoder in assets() else decoder
+    speaker = load_speaker(
+        decoder, device=device, dtype=getattr(torch, dtype.value) if dtype else None
+    )
     settings = ConverseSettings(
         number=number,
         split=split,  # type: ignore[arg-type]
@@ -67,12 +63,17 @@ def converse(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
-        batch_size=batch_size or (ON_GPU if gpu else ON_CPU),
+        batch_size=batch_size or speaker.batch_size,
     )
-    tokenizer = load_decoder_tokenizer(folder)
-    model = load_decoder(folder, dtype=getattr(torch, kind.value)).model.to(place)
     with tqdm(total=number, desc="answering", unit=" prompts") as bar:
-        done = talk(model, tokenizer, file, settings, name=decoder, progress=bar.update)
+        done = talk(
+            speaker.decoder,
+            speaker.tokenizer,
+            file,
+            settings,
+            name=decoder,
+            progress=bar.update,
+        )
     typer.echo(
         f"{file} has {done.written:,} conversations; {done.cut:,} reached the limit and end behind "
         f"their last whole sentence, {done.left_out:,} had none and were left out."

@@ -26,10 +26,21 @@ def train(
             help="Values for the recipes of all stages, or of one: finetune:training.max_steps=10.",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/eve-small"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run; runs/eve-small, or RUN-twin for the twin of RUN."),
+    ] = None,
     steps_scale: Annotated[
         float, typer.Option(help="Factor of the steps of every stage, to fit a time.")
     ] = 1.0,
+    twin_of: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Train the encoder-based twin of a run instead, for comparison: with its recipes, "
+            "conversations, seed and steps.  It is not packed.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is missing and how many steps there are.")
     ] = False,
@@ -40,24 +51,36 @@ def train(
     """Train eve-small in three stages and pack it; goes on where it stopped and fetches nothing.
 
     eve small train --output runs/eve-small --steps-scale 0.5
+
+    eve small train --twin-of runs/eve-small
     """
     from eve_vlm import small
 
+    if output is None:
+        output = Path("runs/eve-small" if twin_of is None else f"{twin_of}-twin")
     if dry_run:
-        recipes = small.stage_recipes(output, steps_scale=steps_scale, overrides=overrides or ())
+        recipes = small.stage_recipes(
+            output, steps_scale=steps_scale, overrides=overrides or (), twin_of=twin_of
+        )
         for recipe in recipes:
             steps, sources = recipe.training["max_steps"], recipe.data.sources
             names = ", ".join(source.name or source.kind for source in sources)
-            typer.echo(f"{recipe.stage.name}: {steps:,} steps of {names}")
+            encoder = recipe.model.encoder
+            frozen = "" if encoder is None else f"twin with a frozen {encoder.name}, "
+            typer.echo(f"{recipe.stage.name}: {frozen}{steps:,} steps of {names}")
         for sentence in small.lacking_parts(recipes):
             typer.echo(f"lacking: {sentence}")
         return
     with stops_tidily():
         model = small.train_small(
-            output, steps_scale=steps_scale, overrides=overrides or (), say=tell
+            output,
+            steps_scale=steps_scale,
+            overrides=overrides or (),
+            twin_of=twin_of,
+            say=tell,
         )
     typer.echo(f"{model} is trained.")
-    if packing:
+    if packing and twin_of is None:
         _pack(output, output / "packed", None)
 
 

@@ -17,6 +17,8 @@ import eve_vlm
 from eve_vlm.default_model.assembling import FACTS, SHIPPED, WEIGHTS, settings_of
 from eve_vlm.default_model.card import write_card
 from eve_vlm.default_model.difference import LIMIT, Difference, make_difference
+from eve_vlm.encoder_twin_eve import EveEncoderConfig
+from eve_vlm.loading import load_config
 from eve_vlm.output_folder import written_whole
 from eve_vlm.versions import commit_of
 
@@ -54,6 +56,11 @@ def pack(
         ValueError: if the run is not finished, or the two models do not belong together.
     """
     told = [_told(stage) for stage in stages]
+    if isinstance(load_config(trained).vision_config, EveEncoderConfig):
+        raise ValueError(
+            f"{trained} is an encoder-based twin, which is for comparison and not shipped; give "
+            "the run that it is the twin of."
+        )
     settings = settings_of(trained)
     notes = {
         "settings": json.dumps(settings),
