@@ -17,6 +17,10 @@ if threading.current_thread() is threading.main_thread():
     # tests that press it would wait for ever.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for the network fails instead of waiting
+# So does pip: where no model is named, eve-small's decoder would be fetched (93 MB) and assembled.
+os.environ["PIP_NO_INDEX"] = "1"
+os.environ["PIP_CONFIG_FILE"] = os.devnull  # it may name folders with packages
+os.environ.pop("PIP_FIND_LINKS", None)
 os.environ.pop("EVE_DEBUG", None)
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # For the tests with real parts that `eve assets fetch` put into the user's own cache.

@@ -214,7 +214,9 @@ def test_ask_about_several_pictures_or_none(eve, saved_model, cat, tmp_path):
         assert code == 0 and out.endswith("\n"), err
 
 
-def test_ask_takes_the_last_quickstart_run(eve, refused, saved_model, cat, tmp_path):
+def test_ask_takes_the_last_quickstart_run(eve, refused, saved_model, cat, tmp_path, monkeypatch):
+    """In a version without eve-small; with it: tests/test_default_model.py."""
+    monkeypatch.setattr("eve_vlm.default_model.assembling.is_shipped", lambda: False)
     assert "run `eve quickstart` first" in refused("ask", cat, "What?")
     (tmp_path / "cache").mkdir(exist_ok=True)
     (tmp_path / "cache" / POINTER).write_text(str(saved_model), encoding="utf-8")
