@@ -186,6 +186,27 @@ def test_what_is_shipped_says_what_it_is(shipped):
     assert "Not measured yet." in card and "cannot do" in card
 
 
+def test_packing_again_gives_the_same_file(shipped, trained, base, tmp_path):
+    """Byte for byte, whatever number of threads there is; so scores belong to what was packed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        pack(trained, base, [tmp_path / "finetune"], out=tmp_path / "again")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    for name in (WEIGHTS, FACTS, CARD):
+        assert (tmp_path / "again" / name).read_bytes() == (shipped / name).read_bytes(), name
+
+
+def test_results_that_are_not_whole_are_refused_before_packing(trained, base, tmp_path):
+    stage = finished_stage(tmp_path / "finetune")
+    (tmp_path / "eval").mkdir()
+    out = tmp_path / "out"
+    text = tiny.refused(lambda: pack(trained, base, [stage], out=out, results=tmp_path / "eval"))
+    assert "holds no results" in text and not out.exists()
+
+
 def test_another_decoder_is_refused(shipped, decoder, tmp_path):
     other = shutil.copytree(decoder, tmp_path / "other")
     weights = load_file(other / "model.safetensors")

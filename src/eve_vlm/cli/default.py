@@ -4,6 +4,8 @@ Easy to get wrong: its decoder is fetched here, at the first use, and a machine 
 is then no worse off than before: the model of the last `eve quickstart` answers, and it is said.
 """
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from .training import tell
@@ -49,7 +51,8 @@ def eve_small() -> Path:
             _fetch(assembling.DECODER)
         except ValueError as error:
             raise MissingDecoderError(str(error)) from None
-    return assembling.assembled_folder(say=tell)
+    with redirect_stdout(sys.stderr):  # a library that greets at its import is no answer
+        return assembling.assembled_folder(say=tell)
 
 
 def _fetch(name: str) -> None:

@@ -3,6 +3,7 @@
 They read arguments and call `eve_vlm.train.run` and `eve_vlm.quickstart`, imported inside.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,11 +79,17 @@ def _introduce(folder: Path) -> None:
     from .default import eve_small
 
     try:
-        shown = answered_examples(eve_small(), folder)
+        model = eve_small()
+        begin = time.perf_counter()
+        shown = answered_examples(model, folder)
     except ValueError as error:
         tell(f"eve-small is not shown: {error}")
         return
-    typer.echo(f"eve-small, trained before, about pictures that it has not seen ({folder}):")
+    seconds = time.perf_counter() - begin
+    typer.echo(
+        f"eve-small, trained before, about {len(shown)} pictures that it has not seen ({folder}), "
+        f"drawn, loaded and answered in {seconds:.1f} s:"
+    )
     for one in shown:
         typer.echo(f"  {one.file.name}  {one.question}  {one.answer}  (it is: {one.truth})")
 

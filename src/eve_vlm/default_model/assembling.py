@@ -19,7 +19,12 @@ from eve_vlm.assets.catalogue import MANIFEST, asset_folder, asset_state
 from eve_vlm.cache import cache_folder
 from eve_vlm.configuration_eve import EveVisionConfig
 from eve_vlm.decoders.initialize import initialize
-from eve_vlm.default_model.difference import apply_difference, read_notes, sha256_of
+from eve_vlm.default_model.difference import (
+    apply_difference,
+    one_thread,
+    read_notes,
+    sha256_of,
+)
 from eve_vlm.loading import load_config, load_model, load_processor
 from eve_vlm.output_folder import new_folder
 
@@ -45,7 +50,7 @@ def assembled_folder(
     decoder: Path | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> Path:
-    """The folder of the whole model in the cache, put together at the first call (half a minute).
+    """The folder of the whole model in the cache, put together at the first call (20 s of a core).
 
     Args:
         shipped: where the difference is.
@@ -70,7 +75,7 @@ def assembled_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            say(f"{NAME}: put together with its decoder, once")
+            say(f"{NAME}: put together with its decoder, once (about 20 seconds)")
             _assemble(place, file, folder)
     return folder
 
@@ -101,6 +106,7 @@ def _decoder(given: Path | None) -> tuple[str, Path]:
     return json.dumps(manifest["files"], sort_keys=True), folder
 
 
+@one_thread()
 def _assemble(decoder: Path, file: Path, folder: Path) -> None:
     settings = json.loads(read_notes(file)["settings"])
     with TemporaryDirectory(dir=folder.parent) as beside, new_folder(folder) as part:

@@ -18,6 +18,7 @@ from eve_vlm.default_model.assembling import FACTS, SHIPPED, WEIGHTS, settings_o
 from eve_vlm.default_model.card import write_card
 from eve_vlm.default_model.difference import LIMIT, Difference, make_difference
 from eve_vlm.encoder_twin_eve import EveEncoderConfig
+from eve_vlm.eval.tables import all_results
 from eve_vlm.loading import load_config
 from eve_vlm.output_folder import written_whole
 from eve_vlm.versions import commit_of
@@ -53,7 +54,8 @@ def pack(
         results: a folder of `eve eval` whose scores the card shows.
 
     Raises:
-        ValueError: if the run is not finished, or the two models do not belong together.
+        ValueError: if the run is not finished, the two models do not belong together, or the
+            results are not whole.
     """
     told = [_told(stage) for stage in stages]
     if isinstance(load_config(trained).vision_config, EveEncoderConfig):
@@ -61,6 +63,8 @@ def pack(
             f"{trained} is an encoder-based twin, which is for comparison and not shipped; give "
             "the run that it is the twin of."
         )
+    if results is not None:
+        all_results(results)  # what is not whole is refused before the packing
     settings = settings_of(trained)
     notes = {
         "settings": json.dumps(settings),
