@@ -15,6 +15,7 @@ import sysconfig
 from functools import partial
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -666,7 +667,6 @@ def test_published_checkpoints_are_exported_in_our_layout(tmp_path, format):
 @pytest.fixture(scope="module")
 def side_file(tmp_path_factory, model, processor):
     """Settings and weights of the patch embedding's file, as the gguf package reads them."""
-    gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
     from eve_vlm.export.decoder import write_patch_embedding
 
     file = tmp_path_factory.mktemp("gguf") / "patch_embedding.gguf"
@@ -726,7 +726,6 @@ def test_the_side_file_has_every_weight_and_setting(side_file, model, processor)
 
 
 def test_half_precision_weights_are_float32_in_the_side_file(tmp_path, processor):
-    gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
     from eve_vlm.export.decoder import write_patch_embedding
 
     write_patch_embedding(tiny.model().to(torch.bfloat16), processor, tmp_path / "file.gguf")
@@ -754,7 +753,6 @@ def llama_cpp(folder, body):
 
 
 def test_gguf_is_two_files_and_a_card(tmp_path, saved_model):
-    pytest.importorskip("gguf", reason="needs the extra gguf")
     body = "pathlib.Path(given.outfile).write_text(given.outtype + pathlib.Path(given.model).name)"
     tools = llama_cpp(tmp_path / "tools", body)
     done = export(saved_model, tmp_path / "out", format="gguf", dtype="float16", llama_cpp=tools)
@@ -768,7 +766,6 @@ def test_gguf_is_two_files_and_a_card(tmp_path, saved_model):
     "body", ["raise SystemExit('one line\\nthe last line.')", "print('did nothing')"]
 )
 def test_a_converter_that_refuses(tmp_path, saved_model, body):
-    pytest.importorskip("gguf", reason="needs the extra gguf")
     tools = llama_cpp(tmp_path / "tools", body)
     text = refused(lambda: export(saved_model, tmp_path / "out", format="gguf", llama_cpp=tools))
     assert ("(the last line)" in text) is ("SystemExit" in body) and "--format decoder" in text
@@ -778,7 +775,6 @@ def test_a_converter_that_refuses(tmp_path, saved_model, body):
 @pytest.mark.slow
 def test_the_real_converter(tmp_path):
     """Every decoder weight is in the file bit by bit; the converter reorders the rows of q and k."""
-    gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
     tools = os.environ.get("LLAMA_CPP")
     if not tools:
         pytest.skip("needs llama.cpp's source; name its folder in LLAMA_CPP")
@@ -853,15 +849,9 @@ def test_too_little_disk(tmp_path, saved_model, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("package", "settings"), [("peft", {"lora": "a"}), ("gguf", {"format": "gguf"})]
-)
-def test_a_missing_package_is_named(tmp_path, saved_model, adapter, package, settings, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("eve_vlm.export.decoder.find_spec", lambda name: None)
-    tools = llama_cpp(tmp_path / "tools", "")
-    settings = {name: adapter[0] if value == "a" else value for name, value in settings.items()}
-    text = tiny.refused(lambda: export(saved_model, tmp_path / "out", llama_cpp=tools, **settings))
+def test_a_missing_package_is_named(tmp_path, saved_model, adapter, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    text = tiny.refused(lambda: export(saved_model, tmp_path / "out", lora=adapter[0]))
     assert 'pip install "eve-vlm[' in text
     assert not (tmp_path / "out").exists()
 

@@ -870,7 +870,6 @@ def real_decoder() -> Path:
 @pytest.mark.slow
 def test_smollm2_answers_as_before(tmp_path):
     """The pretrained SmolLM2-135M-Instruct: the same tokens after `eve init` as before."""
-    pytest.importorskip("gguf", reason="needs the package gguf")
     from transformers import GgufConfig
 
     file = real_decoder()

@@ -8,6 +8,7 @@ for in the records of whole sources; shares are counted here.  Texts are exact; 
 import re
 from collections import Counter
 
+import gguf
 import numpy as np
 import pytest
 from PIL import Image
@@ -128,7 +129,6 @@ def test_held_out_words_are_those_of_the_task(asked):
 
 
 def test_words_come_from_the_tokens_of_a_gguf_file(tmp_path, monkeypatch):
-    gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
     monkeypatch.setenv("EVE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(english, "asset_folder", lambda name: tmp_path)
     writer = gguf.GGUFWriter(tmp_path / "tokens.gguf", "llama")

@@ -24,7 +24,6 @@ from eve_vlm.configuration_eve import EveVisionConfig
 from eve_vlm.conversing import ConverseSettings, converse, load_speaker
 from eve_vlm.data.sources import source_of
 from eve_vlm.decoders.initialize import initialize
-from eve_vlm.export.decoder import require_gguf
 from eve_vlm.export.merged_run import merge_run
 from eve_vlm.lora_adapters import require_peft
 from eve_vlm.output_folder import new_folder
@@ -207,7 +206,7 @@ def lacking_parts(recipes: Sequence[Recipe], *, decoder: bool = True) -> list[st
     found: dict[str, None] = {}
     checks: list[Callable[[], object]] = [lambda: require_peft("Training with lora")]
     if decoder and not (Path(recipes[0].model.init_from or "") / "config.json").is_file():
-        checks += [lambda: asset_folder(DECODER), require_gguf]
+        checks += [lambda: asset_folder(DECODER)]
     for recipe in recipes:
         checks += [partial(build_teacher, recipe)]
         checks += [

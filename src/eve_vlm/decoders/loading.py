@@ -88,9 +88,6 @@ def find_decoder(name: str | Path) -> DecoderPlace:
 
 
 def _gguf(file: Path) -> DecoderPlace:
-    from eve_vlm.export.decoder import require_gguf
-
-    require_gguf()
     return DecoderPlace(file.parent, file.name)
 
 

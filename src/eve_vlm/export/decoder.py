@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +49,6 @@ def require_converter(llama_cpp: str | Path | None) -> Path:
     if not file.is_file():
         raise ValueError(f"{folder} holds no {CONVERTER}; name a folder with llama.cpp's source.")
     return file.resolve()
-
-
-def require_gguf() -> None:
-    """Checks that the package that writes GGUF is installed.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if find_spec("gguf") is None:
-        raise ValueError(
-            'GGUF needs the package gguf; install it with: pip install "eve-vlm[gguf]"'
-        )
 
 
 def decoder_of(model: EveForConditionalGeneration) -> PreTrainedModel:
@@ -274,7 +261,6 @@ __all__ = [
     "decoder_of",
     "patch_embedding_settings",
     "require_converter",
-    "require_gguf",
     "write_decoder",
     "write_gguf",
     "write_patch_embedding",

@@ -15,7 +15,7 @@ import torch
 
 from eve_vlm.configuration_eve import EveConfig
 from eve_vlm.encoder_twin_eve import EveEncoderConfig
-from eve_vlm.export.decoder import require_converter, require_gguf, write_decoder, write_gguf
+from eve_vlm.export.decoder import require_converter, write_decoder, write_gguf
 from eve_vlm.export.merge_lora import merge_lora
 from eve_vlm.image_processing_eve import EveImageProcessor
 from eve_vlm.loading import find_model, load_config, load_model, load_processor
@@ -80,8 +80,6 @@ def export(
     # All that can be refused is refused before a large model is read.
     require_new(out)
     converter = require_converter(llama_cpp) if format == "gguf" else None
-    if format == "gguf":
-        require_gguf()
     if lora is not None:
         require_adapter(lora)
         if not any_base:

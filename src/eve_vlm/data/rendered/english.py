@@ -21,7 +21,7 @@ def english_words(asset: str) -> tuple[str, ...]:
     """Lower-case words of 2 to 14 letters, the most frequent first, and some beginnings of words.
 
     Raises:
-        ValueError: if the asset holds no words, is not fetched, or gguf is not installed.
+        ValueError: if the asset holds no words or is not fetched.
     """
     if asset not in DICTIONARIES:
         raise ValueError(
@@ -40,13 +40,9 @@ def english_words(asset: str) -> tuple[str, ...]:
 
 
 def _tokens(asset: str) -> list[str]:
+    from gguf import GGUFReader
+
     folder = asset_folder(asset)
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise ValueError(
-            f"The words of {asset} are read with gguf; run: pip install 'eve-vlm[gguf]'."
-        ) from None
     files = sorted(folder.rglob("*.gguf"))
     if not files:
         raise ValueError(f"{folder} holds no GGUF file; run `eve assets fetch {asset}` again.")
