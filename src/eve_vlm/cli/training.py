@@ -91,7 +91,8 @@ def _introduce(folder: Path) -> None:
         f"drawn, loaded and answered in {seconds:.1f} s:"
     )
     for one in shown:
-        typer.echo(f"  {one.file.name}  {one.question}  {one.answer}  (it is: {one.truth})")
+        answer = " ".join(one.answer.split())  # a line each
+        typer.echo(f"  {one.file.name}  {one.question}  {answer}  (it is: {one.truth})")
 
 
 @contextmanager
