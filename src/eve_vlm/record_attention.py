@@ -14,7 +14,6 @@ Legend: `B` rows, `T` positions, `H` heads, `D` head width.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,14 +32,19 @@ _WINDOWS = "window_size" in inspect.signature(varlen_attn).parameters
 CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if _WINDOWS else {"is_causal": True}
 
 
-@dataclass(frozen=True, slots=True)
 class Records:
-    """What stands in a mask's place; no tuple, for those are taken apart on their way."""
+    """What stands in a mask's place; no tuple, for those are taken apart on their way.
 
-    lengths: tuple[int, ...]
-    """Positions of each record, row behind row; those of a row add up to T."""
-    bounds: torch.Tensor
-    """(records + 1,) int32, where each begins and the last one ends."""
+    And no dataclass, for compiled layers (torch 2.11) would be compiled anew for each number of
+    records.
+
+    Attributes:
+        lengths: positions of each record, row behind row; those of a row add up to T.
+        bounds: (records + 1,) int32, where each begins and the last one ends.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], bounds: torch.Tensor) -> None:
+        self.lengths, self.bounds = lengths, bounds
 
 
 def records_of(

@@ -137,12 +137,9 @@ def build_model(
 
 
 def attention_of(recipe: Recipe) -> str:
-    """The decoder's attention: the recipe's, but `sdpa` goes record by record in packed rows.
-
-    Compiled layers keep `sdpa`: they would be compiled anew for every row's records.
-    """
+    """The decoder's attention: the recipe's, but `sdpa` goes record by record in packed rows."""
     named = recipe.model.attn_implementation
-    packed = recipe.data.packing is not None and not recipe.model.compile_layers
+    packed = recipe.data.packing is not None
     return record_attention.NAME if packed and named == "sdpa" else named
 
 
