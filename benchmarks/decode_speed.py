@@ -4,9 +4,10 @@
 
 Ways: `growing` (a cache that grows), `fixed` (a cache of fixed size), `recorded` (its step is
 recorded as a CUDA graph), `compiled` (recorded, each decoder layer compiled), `tuned` (compiled,
-every kernel tuned on this GPU); the last three with `joined-` in front, behind all others, with
-products of one input joined; and `library` (`generate` over its own static cache, which it compiles
-by itself).  Without a GPU nothing is recorded.  Prints a table and one line of JSON.
+every kernel tuned on this GPU); the last four with `joined-` in front, with products of one input
+joined: on a GPU `--static-cache` is `joined-recorded`, and `--compile-steps` is `joined-compiled`.
+And `library` (`generate` over its own static cache, which it compiles by itself).  Without a GPU
+nothing is recorded.  Prints a table and one line of JSON.
 
 Easy to get wrong: scores of a half-precision model tie often, so ways that sum in another order
 make other tokens from some point on; `alike` says how many of the first are those of `growing`.
@@ -19,7 +20,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from joined_products import join_products
 
 from eve_vlm.bench.answering import answer_case
 from eve_vlm.bench.measuring import Clock, Need, Spread
@@ -38,13 +38,11 @@ def engine_of(subject: Subject, edge: int, way: str) -> EveEngine:
     engine = subject.engine(edge)
     if way == "growing":
         return engine
-    if way.startswith("joined-"):
-        join_products(subject.model.model.language_model)
     compiled: dict[str, Any] | None = None
     if way.endswith(("compiled", "tuned")):
         compiled = {"options": TUNED} if way.endswith("tuned") else {}
-    record = False if way == "fixed" else None
-    engine.static = StaticRows(subject.model, record=record, compiled=compiled)
+    record, join = False if way.endswith("fixed") else None, way.startswith("joined-")
+    engine.static = StaticRows(subject.model, record=record, compiled=compiled, join=join)
     return engine
 
 

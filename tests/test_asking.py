@@ -15,6 +15,7 @@ from functools import partial
 from io import BytesIO, TextIOWrapper
 
 import pytest
+import torch
 
 import tiny
 from eve_vlm import cli
@@ -29,6 +30,7 @@ from eve_vlm.serve.asking.picture_answers import (
 )
 from eve_vlm.serve.asking.picture_sources import PictureSource
 from eve_vlm.serve.engine import EveEngine, Sampling
+from eve_vlm.serve.static_rows import StaticRows
 
 refused_by = partial(tiny.refused, end=".")
 QUESTION = "What is this?"
@@ -521,3 +523,20 @@ def test_letters_that_a_terminal_lacks(monkeypatch):
     show("é\udcff")
     stream.flush()
     assert stream.buffer.getvalue() == b"\\xe9\\udcff\n"
+
+
+# --- the fastest way ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--static-cache", "--compile-steps"])
+def test_options_reach_what_makes_the_tokens(eve, engine, pets, monkeypatch, option):
+    """The same answer; what is compiled is run as it is here, for compiling takes a minute."""
+    compiled, made = [], []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    calls = StaticRows.__call__
+    monkeypatch.setattr(
+        StaticRows, "__call__", lambda *args, **kwargs: made.append(1) or calls(*args, **kwargs)
+    )
+    code, out, _ = eve(pets / "0.png", QUESTION, option)
+    assert (code, out.strip()) == (0, alone(engine, pets / "0.png").strip())
+    assert made and len(compiled) == (option == "--compile-steps")

@@ -318,6 +318,11 @@ def test_a_folder_without_chat_template_says_how_to_give_one(llava, tmp_path):
     assert open_answerer(folder).answer([user_message("What?", [])], max_new_tokens=1)
 
 
+def test_only_eve_answers_over_a_fixed_cache(llava):
+    said = refused(lambda: open_answerer(llava, static_cache=True))
+    assert "no EVE model" in said and "leave out static_cache" in said
+
+
 def test_a_hub_id_without_a_network_says_what_to_fetch():
     for name in ("llava-hf/llava-1.5-7b-hf", "adept/fuyu-8b"):
         said = refused(lambda name=name: open_answerer(name))

@@ -256,7 +256,23 @@ def test_answers_are_those_of_a_cpu(static):
         assert tokens[0] == tokens[1]
     if static:
         recorded = [steps._graph is not None for steps in there.static._steps.values()]
-        assert recorded and all(recorded)
+        assert recorded and all(recorded) and there.static.joined.saved > 0
+
+
+def test_weights_may_move_under_recordings():
+    """Joined, they take no more memory than before; moved, no recording reads where they were."""
+    question = random_question(random.Random(0), turns=1)
+    gpu = tiny.model(tiny.config(head_dim=32)).to(GPU)
+    held = torch.cuda.memory_allocated()
+    there = EveEngine(gpu, tiny.processor(), static_cache=True)
+    assert there.static.joined.saved and torch.cuda.memory_allocated() <= held
+    [expected] = there.answer([question], max_new_tokens=8)
+    for part in gpu.parameters():
+        old, part.data = part.data, part.data.clone()
+        old.fill_(torch.nan)
+    for _ in range(2):
+        [answer] = there.answer([question], max_new_tokens=8)
+        assert answer.token_ids == expected.token_ids
 
 
 def test_compiled_steps_are_those_of_a_cpu():

@@ -119,6 +119,7 @@ def run_bench(subject: Subject, settings: Settings, *, say: Say = lambda text: N
             "dtype": str(subject.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "static_cache": subject.static_cache,
+            "compile_steps": subject.compile_steps,
             **asdict(settings),
         },
         "load": load,

@@ -111,6 +111,7 @@ class Subject:
         model: a folder with weights; None gives the shape random ones.
         device, dtype: where it runs and in which numbers.
         static_cache: answers over a cache of fixed size, one for all sizes of pictures.
+        compile_steps: compiles the decoder's layers for it.
     """
 
     def __init__(
@@ -121,8 +122,9 @@ class Subject:
         device: torch.device,
         dtype: torch.dtype,
         static_cache: bool = False,
+        compile_steps: bool = False,
     ):
-        self.static_cache = static_cache
+        self.static_cache, self.compile_steps = static_cache or compile_steps, compile_steps
         self.name, self.device, self.dtype = name if model is None else str(model), device, dtype
         self.folder = model if model is not None else None if name in SHAPES else name
         self.random = model is None
@@ -165,7 +167,8 @@ class Subject:
         """What users ask, for pictures of this size."""
         engine = EndlessEngine(self.model, self.processor(edge))
         if self.static_cache:
-            self._static = self._static or StaticRows(self.model)
+            compiled: dict[str, Any] | None = {} if self.compile_steps else None
+            self._static = self._static or StaticRows(self.model, compiled=compiled)
             engine.static = self._static
         return engine
 

@@ -50,6 +50,20 @@ Quantize = Annotated[
     FewerBits | None,
     typer.Option("--quantize", help="Decoder weights in 8 or 4 bits; needs the extra quantize."),
 ]
+StaticCache = Annotated[
+    bool,
+    typer.Option(
+        "--static-cache",
+        help="Make tokens over a cache of fixed size; on a GPU steps are recorded (docs/fast.md).",
+    ),
+]
+CompileSteps = Annotated[
+    bool,
+    typer.Option(
+        "--compile-steps",
+        help="The fastest way on a GPU: --static-cache, and the decoder's layers are compiled.",
+    ),
+]
 System = Annotated[
     str | None,
     typer.Option("--system", metavar="TEXT", help="Instructions in front of the conversation."),
@@ -86,12 +100,15 @@ def open_engine(
     dtype: Dtype | None,
     attention: Attention | None = None,
     quantize: FewerBits | None = None,
+    static_cache: bool = False,
+    compile_steps: bool = False,
     **settings: Any,
 ) -> "EveEngine":
     """The model, loaded as the options say.
 
     Args:
         attention: None for a command without that option.
+        compile_steps: a static cache comes with it.
         settings: of the engine.
 
     Raises:
@@ -110,6 +127,8 @@ def open_engine(
             dtype=None if dtype is None else getattr(torch, dtype.value),
             attn_implementation=(attention or Attention.sdpa).value,
             quantize=None if quantize is None else quantize.value,
+            static_cache=static_cache or compile_steps,
+            compile_steps=compile_steps,
             **settings,
         )
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -140,6 +159,7 @@ __all__ = [
     "STOPPED",
     "Attention",
     "AttentionKind",
+    "CompileSteps",
     "Device",
     "MaxImageTokens",
     "MaxNewTokens",
@@ -147,6 +167,7 @@ __all__ = [
     "NumberType",
     "Quantize",
     "Seed",
+    "StaticCache",
     "Stop",
     "System",
     "Temperature",

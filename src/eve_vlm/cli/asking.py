@@ -21,6 +21,7 @@ from .answering import (
     STOPPED,
     Attention,
     AttentionKind,
+    CompileSteps,
     Device,
     MaxImageTokens,
     MaxNewTokens,
@@ -28,6 +29,7 @@ from .answering import (
     NumberType,
     Quantize,
     Seed,
+    StaticCache,
     Stop,
     System,
     Temperature,
@@ -102,6 +104,8 @@ def ask(
     dtype: NumberType = None,
     attention: AttentionKind = Attention.sdpa,
     quantize: Quantize = None,
+    static_cache: StaticCache = False,
+    compile_steps: CompileSteps = False,
 ) -> None:
     """Ask a question about pictures.
 
@@ -133,7 +137,14 @@ def ask(
     question.messages([source.name for source in sources[: 1 if many else None]])  # empty? marks?
     name = model or default_model()
     load = partial(
-        open_engine, name, device=device, dtype=dtype, attention=attention, quantize=quantize
+        open_engine,
+        name,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        quantize=quantize,
+        static_cache=static_cache,
+        compile_steps=compile_steps,
     )
     asking = _Asking(
         question=question,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .answering import Device
+from .answering import CompileSteps, Device, StaticCache
 from .options import Dtype
 
 if TYPE_CHECKING:
@@ -68,12 +68,8 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer cases and rounds, to see that all works.")
     ] = False,
-    static_cache: Annotated[
-        bool,
-        typer.Option(
-            "--static-cache", help="Answer over a cache of fixed size; on a GPU steps are recorded."
-        ),
-    ] = False,
+    static_cache: StaticCache = False,
+    compile_steps: CompileSteps = False,
     table: Annotated[
         Table | None,
         typer.Option(help="Print the published table of costs beside formulas and times here."),
@@ -94,7 +90,8 @@ def bench(
 
     if table and only:
         raise ValueError("--table paper measures what its columns need; leave --only out.")
-    subject = _subject(model, shape, device, dtype, static_cache)
+    steps = {"static_cache": static_cache, "compile_steps": compile_steps}
+    subject = _subject(model, shape, device, dtype, **steps)
     edges = _numbers(longest_edge, "--longest-edge") or subject.edges
     settings = Settings(
         edges=edges[:1] if quick and not longest_edge and not table else edges,
@@ -118,7 +115,7 @@ def _subject(
     shape: str | None,
     device: str | None,
     dtype: Dtype | None,
-    static_cache: bool,
+    **steps: bool,
 ) -> "Subject":
     """What is measured, and where.
 
@@ -142,7 +139,7 @@ def _subject(
         model=model,
         device=place,
         dtype=getattr(torch, numbers),
-        static_cache=static_cache,
+        **steps,
     )
 
 

@@ -22,6 +22,7 @@ from .answering import (
     STOPPED,
     Attention,
     AttentionKind,
+    CompileSteps,
     Device,
     MaxImageTokens,
     MaxNewTokens,
@@ -29,6 +30,7 @@ from .answering import (
     NumberType,
     Quantize,
     Seed,
+    StaticCache,
     System,
     Temperature,
     TopK,
@@ -64,6 +66,8 @@ def chat(
     dtype: NumberType = None,
     attention: AttentionKind = Attention.sdpa,
     quantize: Quantize = None,
+    static_cache: StaticCache = False,
+    compile_steps: CompileSteps = False,
 ) -> None:
     """Talk with a model about pictures, in the terminal.
 
@@ -90,6 +94,8 @@ def chat(
         dtype=dtype,
         attention=attention,
         quantize=quantize,
+        static_cache=static_cache,
+        compile_steps=compile_steps,
         batch_size=1,
         keep_tokens=None,
     )

@@ -9,12 +9,21 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from .answering import Attention, AttentionKind, Device, NumberType, Quantize, public_name
+from .answering import (
+    Attention,
+    AttentionKind,
+    CompileSteps,
+    Device,
+    NumberType,
+    Quantize,
+    StaticCache,
+    public_name,
+)
 from .data import in_columns
 from .default import default_model
 from .options import Dtype, FewerBits
@@ -51,6 +60,19 @@ TaskNames = Annotated[
     str,
     typer.Option("--tasks", help="Tasks or sets of them (paper, others, offline), with commas."),
 ]
+Limit = Annotated[
+    int | None, typer.Option(help="Samples of each task at most, always the same ones.", min=1)
+]
+Split = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TASK=SPLIT", help="Another split than the preset's; repeatable."),
+]
+JudgeUrl = Annotated[
+    str | None, typer.Option(help="OpenAI-compatible endpoint of the judge; OPENAI_BASE_URL.")
+]
+JudgeModel = Annotated[
+    str | None, typer.Option(help="The judge's model; its key is taken from OPENAI_API_KEY.")
+]
 DataRoot = Annotated[
     Path | None,
     typer.Option(help="Folder with data sets, one folder for each Hub id (lmms-lab/POPE ...)."),
@@ -71,9 +93,7 @@ def run(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the results, a folder for each model.")
     ] = Path("runs/eval"),
-    limit: Annotated[
-        int | None, typer.Option(help="Samples of each task at most, always the same ones.", min=1)
-    ] = None,
+    limit: Limit = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 16,
     blind: Annotated[
         bool, typer.Option("--blind", help="Ask every model again without the pictures.")
@@ -84,17 +104,10 @@ def run(
     preset: Annotated[
         str, typer.Option(help="Prompts and decoding of the public benchmarks.")
     ] = "published@1",
-    split: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TASK=SPLIT", help="Another split than the preset's; repeatable."),
-    ] = None,
+    split: Split = None,
     data_root: DataRoot = None,
-    judge_url: Annotated[
-        str | None, typer.Option(help="OpenAI-compatible endpoint of the judge; OPENAI_BASE_URL.")
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option(help="The judge's model; its key is taken from OPENAI_API_KEY.")
-    ] = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
     max_image_tokens: Annotated[
         int | None, typer.Option(help="Most tokens for each picture (EVE only).", min=1)
     ] = None,
@@ -102,6 +115,8 @@ def run(
     dtype: NumberType = None,
     attention: AttentionKind = Attention.sdpa,
     quantize: Quantize = None,
+    static_cache: StaticCache = False,
+    compile_steps: CompileSteps = False,
 ) -> None:
     """Score models on tasks; goes on where the same run was stopped.
 
@@ -120,7 +135,15 @@ def run(
         _named(models or [default_model()]),
         tasks.split(","),
         output,
-        open_model=_opener(device, dtype, attention, quantize, batch_size),
+        open_model=_opener(
+            device,
+            dtype,
+            attention,
+            quantize,
+            batch_size=batch_size,
+            static_cache=static_cache or compile_steps,
+            compile_steps=compile_steps,
+        ),
         options=TaskOptions(
             data_root=data_root,
             preset=preset,
@@ -257,9 +280,13 @@ def _opener(
     dtype: Dtype | None,
     attention: Attention,
     quantize: FewerBits | None,
-    batch_size: int,
+    **settings: Any,
 ) -> "Callable[[str], EveEngine | TransformersEngine]":
-    """What loads a model as the options say; of several processes each on its own device."""
+    """What loads a model as the options say; of several processes each on its own device.
+
+    Args:
+        settings: of the engine.
+    """
     import torch
 
     from eve_vlm.eval.other_models import open_answerer
@@ -271,8 +298,8 @@ def _opener(
         device=device,
         dtype=None if dtype is None else getattr(torch, dtype.value),
         attn_implementation=attention.value,
-        batch_size=batch_size,
         quantize=None if quantize is None else quantize.value,
+        **settings,
     )
 
 

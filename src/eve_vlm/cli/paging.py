@@ -17,10 +17,12 @@ import typer
 from .answering import (
     Attention,
     AttentionKind,
+    CompileSteps,
     Device,
     ModelName,
     NumberType,
     Quantize,
+    StaticCache,
     open_engine,
     public_name,
 )
@@ -49,6 +51,8 @@ def demo(
     dtype: NumberType = None,
     attention: AttentionKind = Attention.sdpa,
     quantize: Quantize = None,
+    static_cache: StaticCache = False,
+    compile_steps: CompileSteps = False,
 ) -> None:
     """Chat with a model on a page, and see where it looked.
 
@@ -72,6 +76,8 @@ def demo(
             dtype=dtype,
             attention=attention,
             quantize=quantize,
+            static_cache=static_cache,
+            compile_steps=compile_steps,
             batch_size=batch_size,
             keep_tokens=None,
         )

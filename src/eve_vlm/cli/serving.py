@@ -15,9 +15,11 @@ import typer
 from .answering import (
     Attention,
     AttentionKind,
+    CompileSteps,
     Device,
     NumberType,
     Quantize,
+    StaticCache,
     open_engine,
     public_name,
 )
@@ -124,6 +126,8 @@ def serve(
     dtype: NumberType = None,
     attention: AttentionKind = Attention.sdpa,
     quantize: Quantize = None,
+    static_cache: StaticCache = False,
+    compile_steps: CompileSteps = False,
     batch_size: BatchSize = 32,
     keep_tokens: KeepTokens = 4096,
     grace: Grace = 30.0,
@@ -176,6 +180,8 @@ def serve(
             dtype=dtype,
             attention=attention,
             quantize=quantize,
+            static_cache=static_cache,
+            compile_steps=compile_steps,
             batch_size=batch_size,
             keep_tokens=keep_tokens,
         )

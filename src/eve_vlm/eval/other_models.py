@@ -315,8 +315,13 @@ def open_answerer(
     attn_implementation: str = "sdpa",
     batch_size: int = BATCH_SIZE,
     quantize: str | None = None,
+    static_cache: bool = False,
+    compile_steps: bool = False,
 ) -> EveEngine | TransformersEngine:
     """Loads whatever can answer: EVE models, published, LoRA and run folders, and all others.
+
+    Args:
+        static_cache, compile_steps: see `EveEngine`.
 
     Raises:
         ValueError: in one sentence, for whatever is wrong with the name, the files or the settings.
@@ -329,7 +334,18 @@ def open_answerer(
         "batch_size": batch_size,
     }
     if is_eve(folder):
-        return EveEngine.from_pretrained(folder, quantize=quantize, **settings)
+        return EveEngine.from_pretrained(
+            folder,
+            quantize=quantize,
+            static_cache=static_cache,
+            compile_steps=compile_steps,
+            **settings,
+        )
+    if static_cache:
+        raise ValueError(
+            f"{name_or_folder} is no EVE model, and only those answer over a cache of fixed size "
+            "here; leave out static_cache and compile_steps."
+        )
     if quantize is not None:
         raise ValueError(
             f"{name_or_folder} is no EVE model, and only those are quantized here; leave out "

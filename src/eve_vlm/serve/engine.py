@@ -54,8 +54,10 @@ class EveEngine:
             next turn of a conversation reads only what is new; 0 keeps none, None as many as the
             model takes.
         static_cache: makes tokens over a cache of fixed size; on a GPU a step is then recorded once
-            and played again (`static_rows.py`), on a CPU it gains nothing.
-        compile_steps: compiles the decoder's layers for it, which takes a minute once.
+            and played again (`static_rows.py`), and weights of one input are laid behind each
+            other; on a CPU it gains nothing.
+        compile_steps: compiles the decoder's layers for it, which takes seconds on a GPU and most
+            of a minute on a CPU, once for each number of rows.
     """
 
     def __init__(

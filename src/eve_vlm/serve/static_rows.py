@@ -3,7 +3,8 @@
 On a GPU a step of a few rows is over before Python has asked for its next one, so the step is a
 recording (a CUDA graph), and the next step begins before this one's tokens are looked at.  Rows
 join and leave between legs all the same: a leg borrows the fixed cache, and what it made is put
-behind the growing one.  Elsewhere the same steps run one by one and gain nothing.
+behind the growing one.  Elsewhere the same steps run one by one and gain nothing.  Products of one
+input are one product on a GPU (`joined_products.py`).
 
 Easy to get wrong: a recording belongs to a number of rows, a size and a place in memory.  So both
 are rounded up, and all sizes lie at the beginning of the same memory.
@@ -26,6 +27,7 @@ from eve_vlm.layer_taps_eve import layers_of
 from eve_vlm.modeling_eve import EveForConditionalGeneration
 
 from .cache_rows import GrowingCache
+from .joined_products import JoinedProducts
 
 STEP = 256  # positions: sizes of fixed caches are multiples of it
 # Kernels whose masks can be recorded; flex attention makes its own on the host.
@@ -122,6 +124,11 @@ class Steps:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits = self.ids  # of the recording
 
+    @property
+    def recorded(self) -> bool:
+        """Whether steps are played from now on."""
+        return self._graph is not None
+
     def begin(self, input_ids: torch.Tensor, mask: torch.Tensor, cache: GrowingCache) -> None:
         """Takes over rows (B, T) whose cache holds all but the last position.
 
@@ -196,6 +203,8 @@ class StaticRows:
     Args:
         record: whether to record; None where it can be done.
         compiled: settings of `torch.compile` for the decoder's layers; None leaves them alone.
+        join: whether products of one input are one product, for which weights are laid behind each
+            other; None where it gains, on a GPU.
     """
 
     def __init__(
@@ -204,6 +213,7 @@ class StaticRows:
         *,
         record: bool | None = None,
         compiled: dict[str, Any] | None = None,
+        join: bool | None = None,
     ):
         self.model = model
         attention = model.model.language_model.config._attn_implementation
@@ -213,6 +223,8 @@ class StaticRows:
         self._steps: dict[tuple[int, int], Steps] = {}
         decoder = model.model.language_model
         self._compiled = None if compiled is None else CompiledLayers(decoder, **compiled)
+        join = model.device.type == "cuda" if join is None else join
+        self.joined = JoinedProducts(decoder) if join else None
 
     def steps(self, cache: GrowingCache, length: int) -> Steps:
         """Steps for the rows of a cache and at least `length` positions; kept for the next leg."""
@@ -259,6 +271,8 @@ class StaticRows:
         """
         known = input_ids.shape[1]
         behind = stopping_criteria.max_length
+        if self.joined is not None and not self.joined.lay():
+            self.forget()  # recordings read weights where they were
         steps = self.steps(given[CACHE], behind)
         mask = given.get("attention_mask")  # None where nothing is padded
         steps.begin(input_ids, torch.ones_like(input_ids) if mask is None else mask, given[CACHE])
@@ -266,9 +280,11 @@ class StaticRows:
         seen = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=ids.is_cuda)  # on the host
         seen[:, :known] = input_ids
         made = known
-        for made in self._made(steps, ids, seen, known, logits_processor, ahead):
-            if bool(stopping_criteria(seen[:, :made], None).all()):
-                break
+        joined = None if steps.recorded else self.joined  # a recording asks no layer
+        with nullcontext() if joined is None else joined.over():
+            for made in self._made(steps, ids, seen, known, logits_processor, ahead):
+                if bool(stopping_criteria(seen[:, :made], None).all()):
+                    break
         steps.end(given[CACHE], made - 1)
         return ids[:, :made]
 
