@@ -178,6 +178,7 @@ def overrides(teacher, texts):
         "data.packing.tokens=256",
         *(f"training.{name}=false" for name in ("bf16", "dataloader_pin_memory")),
         "training.tf32=null",
+        "model.record_layers=false",
         "training.dataloader_num_workers=0",
         "training.dataloader_prefetch_factor=null",
         "training.use_cpu=true",

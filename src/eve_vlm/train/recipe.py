@@ -226,6 +226,7 @@ def _check_values(recipe: Recipe, origin: Origin) -> None:
         problem = "must be null with model.encoder; the aligner belongs to EVE, without an encoder"
         origin.fail(("stage", "alignment"), problem)
     _check_lora(recipe, origin)
+    _check_recording(recipe, origin)
 
 
 def _check_sources(sources: list[SourceSection], origin: Origin) -> None:
@@ -315,6 +316,27 @@ def _check_lora(recipe: Recipe, origin: Origin) -> None:
             f"{recipe.devices.strategy}; take devices.strategy: ddp, or null here"
         )
         origin.fail(("lora", "quantize"), problem)
+
+
+def _check_recording(recipe: Recipe, origin: Origin) -> None:
+    """What recordings of layers cannot go with."""
+    if not recipe.model.record_layers:
+        return
+    training = recipe.training
+    for holds, needs in (
+        (recipe.data.packing is not None, "data.packing"),
+        (training["per_device_train_batch_size"] == 1, "training.per_device_train_batch_size: 1"),
+        (
+            training.get("gradient_accumulation_steps", 1) == 1,
+            "training.gradient_accumulation_steps: 1",
+        ),
+        (not training.get("gradient_checkpointing"), "training.gradient_checkpointing: false"),
+        (not recipe.model.compile_layers, "model.compile_layers: false"),
+        (recipe.model.attn_implementation == "sdpa", "model.attn_implementation: sdpa"),
+        (recipe.devices.strategy == "ddp", "devices.strategy: ddp"),
+    ):
+        if not holds:
+            origin.fail(("model", "record_layers"), f"needs {needs}; set that, or false here")
 
 
 def _positive(key: tuple[str, ...], value: float, origin: Origin) -> None:

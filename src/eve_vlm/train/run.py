@@ -39,6 +39,7 @@ from eve_vlm.train.evaluating import check_tasks
 from eve_vlm.train.lora import make_trainable, trainer_of
 from eve_vlm.train.parameters import parameter_table
 from eve_vlm.train.recipe import resolved_yaml, training_arguments_dict
+from eve_vlm.train.recorded_layers import layers_for
 from eve_vlm.train.run_folder import RESULT_FILE, changed_keys, held, is_finished, write_recipe
 from eve_vlm.train.run_report import write_run_report
 from eve_vlm.train.sections import Recipe
@@ -128,12 +129,17 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the same
     watch(trainer, recipe, records=records, processor=processor, report=report)
-    with StopOnSignal() as stop:
+    with StopOnSignal() as stop, layers_for(recipe, model, arguments) as recorded:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.agreed:
         raise RunStopped(
             step=trainer.state.global_step, of=trainer.state.max_steps, signum=stop.agreed
+        )
+    if recorded is not None and recorded.passed:
+        logger.warning(
+            "%d of %d rows did not fit the recordings of model.record_layers and went without",
+            *(recorded.passed, recorded.passed + recorded.played),
         )
     bad = gather_object(data.log.bad)  # of all processes
     if bad and len(data.log.bad) == data.log.num_records:

@@ -74,6 +74,8 @@ class ModelSection:
     """Who computes the cross-entropy; `auto` takes the fastest that runs here."""
     compile_layers: bool = False
     """Compile each decoder layer with torch.compile."""
+    record_layers: bool = False
+    """Record each decoder layer as CUDA graphs; for a small decoder, packed rows and one GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
