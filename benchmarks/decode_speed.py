@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from training_speed import profiled
 
 from eve_vlm.bench.answering import answer_case
 from eve_vlm.bench.measuring import Clock, Need, Spread
@@ -96,6 +97,7 @@ def measured(
     number: int,
     repeats: int,
     clock: Clock,
+    profile: str | None = None,
 ) -> dict[str, Any]:
     """One way with one batch; the first way's tokens are kept in `growing`, to compare with."""
     pictures = [picture(SQUARE, seed=index) for index in range(batch)]
@@ -104,6 +106,8 @@ def measured(
     prepared = time.perf_counter() - started
     case = answer_case(engine, edge, pictures, "", new_tokens=number)
     times = [case.run(clock)["token"] for _ in range(repeats)]
+    if profile is not None:
+        profiled(lambda: case.run(clock), f"{profile}, {batch} rows, {number} tokens")
     if engine.static is not None:
         engine.static.forget()  # fixed caches of all ways would not fit
     pairs = zip(tokens, growing.setdefault(batch, tokens), strict=True)
@@ -141,6 +145,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=100.0, help="begin nothing new after it")
+    parser.add_argument("--profile", action="store_true", help="of each way, its kernels")
     given = parser.parse_args()
     device = torch.device(given.device)
     dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -171,6 +176,7 @@ def main() -> None:
                     number=given.tokens,
                     repeats=given.repeats,
                     clock=clock,
+                    profile=way if given.profile and device.type == "cuda" else None,
                 )
             figures.append(one | {"way": way})
             show(figures[-1], roof)

@@ -148,7 +148,7 @@ def test_what_looks_ahead_keeps_its_mask():
         ((), "sdpa"),
         (("data.packing={tokens: 256}",), NAME),
         (("data.packing={tokens: 256}", "model.attn_implementation=eager"), "eager"),
-        (("data.packing={tokens: 256}", "model.compile_layers=true"), "sdpa"),
+        (("data.packing={tokens: 256}", "model.compile_layers=true"), NAME),
     ],
 )
 def test_recipes_take_it_for_packed_rows(tmp_path, settings, expected):

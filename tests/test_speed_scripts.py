@@ -7,6 +7,7 @@ make the same tokens and the same loss, and that the line of JSON says what was 
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ import tiny
 from eve_vlm import language_loss_eve, pooled_attention_eve, record_attention
 from eve_vlm.bench.subjects import SHAPES
 from eve_vlm.layer_taps_eve import layers_of
+from eve_vlm.train.lora import make_trainable
+from eve_vlm.train.sections import LoraSection
 
 
 @pytest.fixture
@@ -101,17 +104,57 @@ def packed_row(grids, words):
     }
 
 
-def test_compiled_layers_are_not_compiled_for_every_batch():
-    """Where records end is no part of the code."""
-    model = tiny.model(tiny.config(), attn_implementation=record_attention.NAME).train()
-    counter, seen = CompileCounter(), []
-    for layer in layers_of(model.model.language_model):
-        layer.compile(backend=counter, dynamic=True)
+def learning(*, adapters, compiled=None):
+    """A model of several layers in train mode, as a recipe makes it, and what learns of it."""
+    model = tiny.model(tiny.config(), attn_implementation=record_attention.NAME)
+    if compiled is not None:
+        for layer in layers_of(model.model.language_model):
+            layer.compile(backend=compiled, dynamic=True)
+    if adapters:
+        recipe = SimpleNamespace(
+            lora=LoraSection(rank=4, alpha=8, dropout=0.0),
+            stage=SimpleNamespace(trainable=["model.vision_tower.*"]),
+            model=SimpleNamespace(init_from="random"),
+        )
+        make_trainable(model, recipe)
+        generator = torch.Generator().manual_seed(0)
+        for name, part in model.named_parameters():
+            if (
+                ".lora_" in name
+            ):  # the second one starts as zeros, which gives the first no gradient
+                part.data.normal_(std=0.1, generator=generator)
+    return model.train(), {name: one for name, one in model.named_parameters() if one.requires_grad}
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_compiled_layers_are_not_compiled_for_every_batch(adapters):
+    """Where records end is no part of the code, and every layer has the same.
+
+    A row of one record is causal, which is another code, once.  Losses and gradients are those of
+    the layers as they are: 1e-5, sums of another order.
+    """
+    torch._dynamo.reset()  # code of earlier tests counts towards what is compiled at most
+    counter = CompileCounter()
+    plain, expected = learning(adapters=adapters)
+    model, found = learning(adapters=adapters, compiled=counter)
+    assert len(layers_of(model.model.language_model)) > 1 and [*found] == [*expected]
+    graphs = []
     for grids, words in (
         ([(4, 4), (2, 3)], 4),
         ([(4, 4), (2, 3), (1, 2)], 5),
         ([(2, 2)] * 5, 7),
+        ([(6, 5)], 2),
+        ([(3, 3)] * 7, 3),
+        ([(5, 2)], 9),
     ):
-        model(**packed_row(grids, words)).loss.backward()
-        seen.append(counter.frame_count)
-    assert seen[0] == seen[1] == seen[2] > 0
+        losses = [one(**packed_row(grids, words)).loss for one in (plain, model)]
+        for loss in losses:
+            loss.backward()
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+        graphs.append(counter.frame_count)
+    several, one = graphs[0], graphs[3]
+    assert graphs == [several] * 3 + [one] * 3 and 0 < several < one < 2 * several
+    for name, part in expected.items():
+        assert part.grad is not None, name
+        largest = max(float(part.grad.abs().max()), 1e-3)
+        assert float((found[name].grad - part.grad).abs().max()) <= 1e-5 * largest, name

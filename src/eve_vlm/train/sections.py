@@ -73,7 +73,7 @@ class ModelSection:
     loss_implementation: Literal["auto", "chunked", "torch", "liger", "cut"] = "auto"
     """Who computes the cross-entropy; `auto` takes the fastest that runs here."""
     compile_layers: bool = False
-    """Compile each decoder layer with torch.compile."""
+    """Compile each decoder layer with torch.compile; packed rows still go record by record."""
     record_layers: bool = False
     """Record each decoder layer as CUDA graphs; for a small decoder, packed rows and one GPU."""
 
