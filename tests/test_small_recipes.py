@@ -44,9 +44,10 @@ def test_stages_follow_one_another():
         assert recipe == made  # the command changes nothing of the shipped ones
         assert recipe.model.init_from == start
         assert recipe.model.vision == RECIPES[0].model.vision
-        assert recipe.model.image == RECIPES[0].model.image
         start = str(merged_folder(recipe))
     assert [recipe.stage.name for recipe in RECIPES] == ["prealign", "pretrain", "finetune"]
+    edges = [recipe.model.image.longest_edge for recipe in RECIPES]
+    assert edges == sorted(edges) and edges[0] < edges[-1]  # larger at the end, as in the paper
 
 
 def test_the_decoder_learns_through_adapters_alone():
