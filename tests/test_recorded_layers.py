@@ -96,6 +96,26 @@ def test_played_rows_have_the_losses_and_gradients_of_plain_ones(adapters: bool)
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def test_what_is_recorded_may_be_compiled_and_once_for_all_layers() -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, samples: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = decoder()
+    plain = [step(model, row(*lengths)) for lengths in ROWS]
+    compiled = {"dynamic": False, "backend": keep}
+    with recorded_layers(model, ROW, compiled=compiled, record=stand_in):
+        found = [step(model, row(*lengths)) for lengths in ROWS]
+    # Before the attention and behind it, which is not compiled; not for each of four layers.
+    assert len(graphs) <= 4
+    for one, other in zip(plain, found, strict=True):
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-7, msg=name)
+
+
 def test_rows_that_do_not_fit_go_through_the_layers() -> None:
     model = decoder()
     too_many = row(*[4] * 60)  # more records than half a dozen positions each

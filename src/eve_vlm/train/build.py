@@ -130,7 +130,7 @@ def build_model(
             model, section.encoder.name, section.encoder.layer, **_packed(recipe), **colours
         )
     model.loss_implementation = section.loss_implementation
-    if section.compile_layers:
+    if section.compile_layers and not section.record_layers:  # which compiles what it records
         for layer in layers_of(model.model.language_model):
             layer.compile(dynamic=True)  # in place, so names of weights stay; rows differ in length
     return model

@@ -331,7 +331,6 @@ def _check_recording(recipe: Recipe, origin: Origin) -> None:
             "training.gradient_accumulation_steps: 1",
         ),
         (not training.get("gradient_checkpointing"), "training.gradient_checkpointing: false"),
-        (not recipe.model.compile_layers, "model.compile_layers: false"),
         (recipe.model.attn_implementation == "sdpa", "model.attn_implementation: sdpa"),
         (recipe.devices.strategy == "ddp", "devices.strategy: ddp"),
     ):

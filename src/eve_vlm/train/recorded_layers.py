@@ -51,7 +51,8 @@ def layers_for(
     assert recipe.data.packing is not None  # recipe.py sees to it
     half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     decoder = cast(PreTrainedModel, model.model.language_model)
-    return recorded_layers(decoder, recipe.data.packing.tokens, half=half)
+    compiled: dict[str, Any] | None = {"dynamic": False} if recipe.model.compile_layers else None
+    return recorded_layers(decoder, recipe.data.packing.tokens, half=half, compiled=compiled)
 
 
 @contextmanager
@@ -60,6 +61,7 @@ def recorded_layers(
     positions: int,
     *,
     half: torch.dtype | None = None,
+    compiled: dict[str, Any] | None = None,
     record: Recorder | None = None,
 ) -> Iterator["RecordedLayers"]:
     """Plays recordings of a decoder's layers in training, and afterwards leaves it as it was.
@@ -68,12 +70,13 @@ def recorded_layers(
         decoder: of the library, on its device, with adapters in place.
         positions: of a packed row; batches of one row, at most so long, are played.
         half: what autocast computes in; None where weights have that type.
+        compiled: settings of `torch.compile` for what is recorded; None leaves layers as they are.
         record: `torch.cuda.make_graphed_callables`, or what does the same without a GPU.
 
     Raises:
         ValueError: if the decoder's layers are given something else than packed rows and turning.
     """
-    recorded = RecordedLayers(decoder, positions)
+    recorded = RecordedLayers(decoder, positions, compiled=compiled)
     recorded.record(half, record or torch.cuda.make_graphed_callables)
     with ExitStack() as stack:
         for module, forward in recorded.forwards():
@@ -91,9 +94,9 @@ def _put_back(module: nn.Module, forward: Any) -> None:
 class TensorLayer(nn.Module):
     """A decoder layer as a function of tensors alone, as recording wants it."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, run: Callable[..., Any]):
         super().__init__()
-        self.layer = layer
+        self.layer, self._run = layer, run
         # Only the longest is read, for the kernel's size; where records end is in `bounds`.
         self.lengths: tuple[int, ...] = (LONGEST,)
 
@@ -101,11 +104,12 @@ class TensorLayer(nn.Module):
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bounds: torch.Tensor
     ) -> torch.Tensor:
         """(1, T, D) to (1, T, D); turning (1, T, head width), bounds as those of `Records`."""
-        records = Records(self.lengths, bounds)
-        made = type(self.layer).forward(
-            self.layer, hidden, attention_mask=records, position_embeddings=(cos, sin)
-        )
+        made = self._run(self.layer, hidden, Records(self.lengths, bounds), (cos, sin))
         return made[0] if isinstance(made, tuple) else made
+
+
+def _run_layer(layer: nn.Module, hidden: torch.Tensor, records: Records, turning: Turning) -> Any:
+    return type(layer).forward(layer, hidden, attention_mask=records, position_embeddings=turning)
 
 
 class RecordedLayers:
@@ -116,9 +120,13 @@ class RecordedLayers:
         passed: steps that did not fit.
     """
 
-    def __init__(self, decoder: PreTrainedModel, positions: int):
+    def __init__(
+        self, decoder: PreTrainedModel, positions: int, *, compiled: dict[str, Any] | None = None
+    ):
         self.decoder, self.positions = decoder, positions
-        self.layers = [TensorLayer(layer) for layer in layers_of(decoder)]
+        # One function for all layers, so that it is compiled once.
+        run = _run_layer if compiled is None else torch.compile(_run_layer, **compiled)
+        self.layers = [TensorLayer(layer, run) for layer in layers_of(decoder)]
         self.most = positions // SHORTEST
         self.played = self.passed = 0
         self._calls: Sequence[Callable[..., torch.Tensor]] = ()
