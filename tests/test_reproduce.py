@@ -471,3 +471,20 @@ def test_collapse_is_seen_in_what_was_logged():
     assert seen == {"since": 401, "before": pytest.approx(0.55), "after": pytest.approx(0.8)}
     spike = [{"step": 400 + 10 * n, "loss_lm": 0.8 if n < 8 else 0.55} for n in range(1, 41)]
     assert running.collapse_of(down + spike) is None
+
+
+KEPT = Path(__file__).parents[1] / "benchmarks" / "claims"
+
+
+@pytest.mark.parametrize("file", sorted(KEPT.glob("*-s*.json")), ids=lambda file: file.stem)
+def test_kept_results_are_those_of_the_recipes_as_they_are(file, tmp_path):
+    """A changed recipe makes them another experiment; they would be trained again."""
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    run = run_of(
+        VARIANTS[kept["variant"]],
+        kept["seed"],
+        work=tmp_path,
+        scale=kept["scale"],
+        questions=kept["questions"] or 200,
+    )
+    assert (run.name, run.digest) == (file.stem, kept["digest"])
