@@ -333,6 +333,12 @@ def _check_recording(recipe: Recipe, origin: Origin) -> None:
         (not training.get("gradient_checkpointing"), "training.gradient_checkpointing: false"),
         (recipe.model.attn_implementation == "sdpa", "model.attn_implementation: sdpa"),
         (recipe.devices.strategy == "ddp", "devices.strategy: ddp"),
+        (
+            training.get("bf16") or training.get("fp16") or recipe.model.dtype != "float32",
+            "training.bf16: true",  # packed rows are one kernel in half precision only
+        ),
+        (not training.get("torch_compile"), "training.torch_compile: false"),
+        (recipe.lora is None or recipe.lora.quantize is None, "lora.quantize: null"),
     ):
         if not holds:
             origin.fail(("model", "record_layers"), f"needs {needs}; set that, or false here")
