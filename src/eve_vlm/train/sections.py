@@ -75,8 +75,7 @@ class ModelSection:
     compile_layers: bool = False
     """Compile each decoder layer with torch.compile; packed rows still go record by record."""
     record_layers: bool = False
-    """Record each decoder layer as CUDA graphs, compiled first with compile_layers; for a small
-    decoder, packed rows and one GPU."""
+    """Record each decoder layer as CUDA graphs; for a small decoder, packed rows and one GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
