@@ -8,6 +8,7 @@ teach nothing, so no test here asks what the scores are.
 import dataclasses
 import json
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -353,10 +354,11 @@ def test_a_failed_run_is_reported_and_the_others_go_on(claim, tmp_path):
     bad.mkdir()
     (bad / "notes.txt").write_text("mine")
     said = []
-    limits = scheduling.Limits(workers=2)
+    limits, before = scheduling.Limits(workers=2), dict(os.environ)
     outcome = scheduling.run_all(
         runs, tmp_path / "results", logs=tmp_path / "logs", limits=limits, say=said.append
     )
+    assert dict(os.environ) == before, "what its processes inherit stays there"
     assert outcome.done == ["high_last-s0"]
     assert outcome.left == ["tap_4-s0"]
     (log,) = outcome.failed.values()

@@ -281,6 +281,7 @@ def test_efficientnet_takes_any_number_of_pictures():
 @pytest_effnet
 @pytest_effnet
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 7])
+@torch.no_grad()
 def test_rounds_of_equal_number_give_the_features_of_all_at_once(monkeypatch, number):
     """As on a GPU, where every number of pictures would be prepared for anew."""
     model = load_efficientnet_lite0(-2)

@@ -13,7 +13,8 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def run_all(runs: Sequence[Run], results: Path, *, logs: Path, limits: Limits, s
     outcome = Outcome()
     if missing:
         pool = _Pool(segments_of(missing), results, logs, limits, say)
-        pool.work()
+        with _environment(limits.device):
+            pool.work()
         outcome.failed = pool.failed
     for run in runs:
         (outcome.done if has_result(run, results) else outcome.left).append(run.name)
@@ -141,7 +143,7 @@ class _Pool:
 
     def work(self) -> None:
         """Until nothing is left that can run, or the time is up."""
-        context = _context(self.limits.device)
+        context = _context()
         minutes = self.limits.minutes
         end = None if minutes is None else self.began + 60 * minutes
         self.say(f"{self.all} processes to run, {self.limits.workers} side by side.")
@@ -220,11 +222,24 @@ class _Pool:
                 process.join()
 
 
-def _context(device: str) -> Any:
+@contextmanager
+def _environment(device: str) -> Iterator[None]:
+    """What processes that begin now inherit; this process keeps its own."""
+    values = ENVIRONMENT | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _context() -> Any:
     """How processes begin: from one that has read the libraries already, where there is such."""
-    os.environ.update(ENVIRONMENT)
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
