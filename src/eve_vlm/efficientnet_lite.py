@@ -29,6 +29,9 @@ NORM_EPS = 1e-3
 # 64 pictures of 64 pixels on one core: 0.19 s at once, 0.11 s channels last in chunks that stay in
 # the cache.
 CPU_CHUNK = 16
+# On a GPU convolutions are prepared for every new number of pictures, and numbers hardly ever
+# repeat: 97 steps of eve-small took 1.7 s each on an H200 with a teacher, and 0.23 s without one.
+GPU_CHUNK = 64  # the last one is filled up
 # The last of the strides 8, 16 and 32: stages up to it, width of its features.
 STRIDES = {8: (3, 40), 16: (5, 112), 32: (7, 320)}
 LAYERS = {-3: 8, -2: 16, -1: 32}  # what a layer number means: counted from the last, as elsewhere
@@ -131,9 +134,16 @@ class EfficientNetLite0(PreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (I, 3, h, w) to (I, hidden_size, h / stride, w / stride)."""
-        pixels = pixel_values.contiguous(memory_format=torch.channels_last)
-        chunk = CPU_CHUNK if pixels.device.type == "cpu" else max(len(pixels), 1)
-        return torch.cat([self.layers(part) for part in pixels.split(chunk)])
+        if pixel_values.device.type == "cpu":
+            return self._in_chunks(pixel_values, CPU_CHUNK)
+        return self._in_chunks(pixel_values, GPU_CHUNK, fill=True)
+
+    def _in_chunks(self, pixels: torch.Tensor, size: int, *, fill: bool = False) -> torch.Tensor:
+        """By chunks of so many pictures, the last filled up where they have to be equal."""
+        lacking = -len(pixels) % size if fill else 0
+        filled = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, lacking))
+        chunks = filled.contiguous(memory_format=torch.channels_last).split(size)
+        return torch.cat([self.layers(chunk) for chunk in chunks])[: len(pixels)]
 
 
 def lite0_config(layer: int, *, key: str = "stage.alignment") -> EfficientNetLite0Config:

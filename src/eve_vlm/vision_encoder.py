@@ -17,7 +17,6 @@ from eve_vlm.efficientnet_lite import EfficientNetLite0, lite0_config, load_effi
 from eve_vlm.errors import check_loaded, first_line
 
 EFFICIENTNET = "efficientnet-lite0"
-ROUND = 64  # pictures
 
 
 class EncoderFacts(NamedTuple):
@@ -89,24 +88,7 @@ def patch_features(model: PreTrainedModel, pixels: torch.Tensor, layer: int) -> 
     """Features of every patch in reading order: (I, 3, h, w) to (I, cells, width).
 
     Pictures of another size than the model was trained on get its positions stretched to theirs.
-    On a GPU they go in rounds of equal number.
     """
-    return _in_rounds(model, pixels, layer) if pixels.is_cuda else _features(model, pixels, layer)
-
-
-def _in_rounds(model: PreTrainedModel, pixels: torch.Tensor, layer: int) -> torch.Tensor:
-    """The same by rounds of `ROUND` pictures, the last filled up.
-
-    Convolutions are prepared for every new shape, and numbers of pictures hardly ever repeat: the
-    first 97 steps of eve-small took 1.7 s each on an H200 with a teacher, and 0.23 s without one.
-    """
-    rounds = pixels.new_zeros(-(-len(pixels) // ROUND) * ROUND, *pixels.shape[1:])
-    rounds[: len(pixels)] = pixels
-    made = [_features(model, pictures, layer) for pictures in rounds.split(ROUND)]
-    return torch.cat(made)[: len(pixels)]
-
-
-def _features(model: PreTrainedModel, pixels: torch.Tensor, layer: int) -> torch.Tensor:
     if isinstance(model, EfficientNetLite0):
         return model(pixels).flatten(2).transpose(1, 2)
     patch = model.config.patch_size
