@@ -318,8 +318,9 @@ def test_a_folder_without_chat_template_says_how_to_give_one(llava, tmp_path):
     assert open_answerer(folder).answer([user_message("What?", [])], max_new_tokens=1)
 
 
-def test_only_eve_answers_over_a_fixed_cache(llava):
-    said = refused(lambda: open_answerer(llava, static_cache=True))
+@pytest.mark.parametrize("asked", ["static_cache", "compile_steps"])
+def test_only_eve_answers_over_a_fixed_cache(llava, asked):
+    said = refused(lambda: open_answerer(llava, **{asked: True}))
     assert "no EVE model" in said and "leave out static_cache" in said
 
 

@@ -341,7 +341,7 @@ def open_answerer(
             compile_steps=compile_steps,
             **settings,
         )
-    if static_cache:
+    if static_cache or compile_steps:
         raise ValueError(
             f"{name_or_folder} is no EVE model, and only those answer over a cache of fixed size "
             "here; leave out static_cache and compile_steps."
