@@ -9,8 +9,10 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 
 if threading.current_thread() is threading.main_thread():
     # A shell starts what runs in the background with Ctrl-C ignored, and our children inherit that;
@@ -58,6 +60,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(slow)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(gpu)
+
+
+@pytest.fixture(scope="module")
+def no_drawings() -> Iterator[None]:
+    """Runs draw no report, which takes a second for each stage and checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        yield
 
 
 @pytest.fixture(scope="session")

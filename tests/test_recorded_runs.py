@@ -5,7 +5,6 @@ for losses of 3 to 6 and weights that moved by 1e-2: float32 sums over rows of f
 the optimizer magnifies.  Against an uninterrupted run of the same kind: bit for bit.
 """
 
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -28,12 +27,7 @@ STEPS = ("training.max_steps=6", "training.save_strategy=steps", "training.save_
 ASKED = "samples={every: 2, number: 2, max_new_tokens: 4}"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_drawings():
-    """A report is drawn at each checkpoint; not here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_drawings")  # one at each checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -42,12 +42,7 @@ from eve_vlm.train.run_folder import MAY_CHANGE
 LOGGED = ("loss", "grad", "learning_rate", "step", "epoch", "left_out", "utilisation")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_drawings():
-    """A report is drawn at each checkpoint, five seconds for ten steps of these; not here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_drawings")  # one at each checkpoint
 
 
 @pytest.fixture(scope="module")
