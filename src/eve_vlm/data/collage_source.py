@@ -18,6 +18,7 @@ from eve_vlm.data.collage_things import ALL_STYLES, PICTOGRAMS, Drawings, Thing,
 from eve_vlm.data.phrases import (
     QUESTIONS,
     RELATIONS,
+    SEE,
     Box,
     Placement,
     Turn,
@@ -43,7 +44,6 @@ OPTIONS: dict[str, tuple[type, Any]] = {
     "turns": (int, 1),
 }
 FOLLOW_UPS = ("presence", "position", "corner", "count")
-SEE = "What do you see?"
 RELATION = "Is the {x} left of, right of, above or below the {y}?"
 SAMPLINGS = ("random", "popular", "adversarial")
 """How what is not there is drawn: of all, of the frequent, of those like what is there."""

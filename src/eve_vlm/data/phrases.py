@@ -51,6 +51,8 @@ UNSEEN_WORDS = ("fun", "shop", "lake", "rain", "sweet", "job", "north", "sky")
 """Written words that no training scene or text holds."""
 
 NUMBERS = ("one", "two", "three", "four", "five", "six")
+SEE = "What do you see?"
+"""The question whose answer is a caption."""
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
 IRREGULAR = {
@@ -225,6 +227,7 @@ __all__ = [
     "CAPTION_FAMILIES",
     "FAMILIES",
     "QUESTION_FAMILIES",
+    "SEE",
     "SEEN_WORDS",
     "UNSEEN_WORDS",
     "Box",

@@ -3,8 +3,9 @@
     kind: scenes
     options: {split: train, size: 20000, families: {name: 1, count: 2}, settings: {max_count: 3}}
 
-To teach a new decoder the language of the captions, `text_only: true` leaves the pictures out, and
-`described: 28` puts a description in their place, one word for each cell of 28 pixels.
+To teach a new decoder what a picture's tokens are for, `described: 28` puts a description in the
+place of the picture, one word for each cell of 28 pixels.  `asked: true` makes captions the answers
+to "What do you see?".
 
 `square` makes every picture a square one, as encoders of a fixed size want it, for comparisons:
 `pad` puts grey around it, `squeeze` stretches its shorter side.
@@ -17,28 +18,30 @@ from typing import Any
 from PIL import Image
 
 from eve_vlm.cache import cache_folder
+from eve_vlm.data.phrases import SEE
 from eve_vlm.data.pictograms import load_pictograms
-from eve_vlm.data.records import Record
+from eve_vlm.data.picture_ref import PictureRef
+from eve_vlm.data.records import Record, messages_of, text_of
 from eve_vlm.data.scene_settings import SceneSettings
 from eve_vlm.data.scenes import SceneDataset
 
-OPTIONS = ("split", "size", "families", "settings", "text_only", "described", "square")
+OPTIONS = ("split", "size", "families", "settings", "asked", "described", "square")
 SQUARES = (None, "pad", "squeeze")
 GREY = (122, 116, 104)  # the mean colour of CLIP's pictures, which becomes zeros
 
 
 class SceneSource:
-    """Scenes by index, with or without their pictures."""
+    """Scenes by index, drawn or described."""
 
     def __init__(
         self,
         scenes: SceneDataset,
         *,
-        text_only: bool = False,
+        asked: bool = False,
         described: int | None = None,
         square: str | None = None,
     ):
-        self.scenes, self.text_only, self.described = scenes, text_only, described
+        self.scenes, self.asked, self.described = scenes, asked, described
         self.square = square
 
     @classmethod
@@ -57,7 +60,7 @@ class SceneSource:
         for name, kind, default in (
             ("size", int, None),
             ("families", dict, None),
-            ("text_only", bool, False),
+            ("asked", bool, False),
         ):
             if not isinstance(options.get(name, default), kind):
                 raise ValueError(
@@ -78,7 +81,7 @@ class SceneSource:
         )
         return cls(
             scenes,
-            text_only=options.get("text_only", False),
+            asked=options.get("asked", False),
             described=options.get("described"),
             square=options.get("square"),
         )
@@ -91,14 +94,32 @@ class SceneSource:
         """Scene `index`."""
         if self.described is not None:
             return self.scenes.described(index, cell=self.described)
-        if self.text_only:
-            return self.scenes.text(index)
-        record = self.scenes[index]
+        record = self._asked(self.scenes[index])
         if self.square is None:
             return record
         picture = record.images[0]
         assert isinstance(picture, Image.Image), "scenes are drawn, not read"
         return dataclasses.replace(record, images=[squared(picture, pad=self.square == "pad")])
+
+    def outline(self, index: int) -> Record:
+        """Scene `index` for measuring: a picture is not drawn."""
+        if self.described is not None:
+            return self.scenes.described(index, cell=self.described)
+        record = self._asked(self.scenes.outline(index))
+        if self.square is None:
+            return record
+        undrawn = record.images[0]
+        assert isinstance(undrawn, PictureRef) and undrawn.known_size, "it only knows its size"
+        side = max(undrawn.known_size)
+        undrawn = PictureRef(name="", known_size=(side, side))
+        return dataclasses.replace(record, images=[undrawn])
+
+    def _asked(self, record: Record) -> Record:
+        """A caption as an answer, where that is the option."""
+        if not self.asked or record.format != "plain":
+            return record
+        turn = (SEE, text_of(record.messages[-1]))
+        return dataclasses.replace(record, messages=messages_of([turn]), format="chat")
 
 
 def squared(picture: Image.Image, *, pad: bool) -> Image.Image:

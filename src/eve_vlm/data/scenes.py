@@ -8,7 +8,7 @@ grids are (rows, cols), while boxes are (left, top, right, bottom) as in Pillow.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
@@ -26,6 +26,7 @@ from eve_vlm.data.phrases import (
     turn_about,
 )
 from eve_vlm.data.pictograms import SEEN, UNSEEN, Pictograms, scaled_size
+from eve_vlm.data.picture_ref import PictureRef
 from eve_vlm.data.records import Record, messages_of
 from eve_vlm.data.scene_settings import (
     PLACE_FAMILIES,
@@ -112,25 +113,21 @@ class SceneDataset:
 
     def __getitem__(self, index: int) -> Record:
         """Draw scene `index` and ask about it."""
+        return self._record(index, self.render)
+
+    def _record(self, index: int, picture: Callable[[Scene], Image.Image | PictureRef]) -> Record:
         scene = self.scene(index)
         return Record(
             id=f"{self.split}-{self.seed}-{index}",
             messages=messages_of(scene.turns),
-            images=[self.render(scene)],
+            images=[picture(scene)],
             family=scene.family,
             format=_format(scene.family),
         )
 
-    def text(self, index: int) -> Record:
-        """What is said of scene `index` without its picture, to teach a decoder the language."""
-        scene = self.scene(index)
-        return Record(
-            id=f"{self.split}-{self.seed}-{index}-text",
-            messages=messages_of(scene.turns, image=False),
-            images=[],
-            family=scene.family,
-            format=_format(scene.family),
-        )
+    def outline(self, index: int) -> Record:
+        """Record `index` for measuring, its picture not drawn."""
+        return self._record(index, lambda scene: _undrawn(scene.canvas))
 
     def described(self, index: int, *, cell: int) -> Record:
         """Scene `index` with a description in words in place of its picture.
@@ -346,6 +343,10 @@ def description(scene: Scene, *, cell: int) -> str:
             words.append(best)
         lines.append(" ".join(words) + "\n ")
     return "".join(lines)
+
+
+def _undrawn(canvas: tuple[int, int]) -> PictureRef:
+    return PictureRef(name="", known_size=(canvas[1], canvas[0]))
 
 
 def _format(family: str) -> Literal["plain", "chat"]:

@@ -29,6 +29,8 @@ class ParameterSetting(NamedTuple):
     parameter: nn.Parameter
     learning_rate: float
     weight_decay: float
+    muon: bool
+    """Moved by Muon: a matrix that `stage.muon` names."""
 
 
 def select_trainable(model: nn.Module, stage: StageSection) -> list[str]:
@@ -77,17 +79,18 @@ def require_frozen_encoder(model: nn.Module, globs: Iterable[str]) -> None:
 def optimizer_groups(model: nn.Module, stage: StageSection) -> list[dict]:
     """Split the trainable parameters into groups of equal learning rate and weight decay.
 
-    Each group is `{"params", "names", "lr", "weight_decay"}` and can be handed to any torch
-    optimizer. Every trainable parameter is in exactly one group.
+    Each group is `{"params", "names", "lr", "weight_decay"}`, in a stage with `muon` also `muon`,
+    and can be handed to any torch optimizer. Every trainable parameter is in exactly one group.
 
     Raises:
         ValueError: If a glob is idle or a trainable parameter has no learning rate.
     """
-    groups: dict[tuple[float, float], dict] = {}
+    groups: dict[tuple[float, float, bool], dict] = {}
     settings = parameter_settings(model, stage)
-    for name, parameter, rate, decay in settings:
+    for name, parameter, rate, decay, muon in settings:
         empty = {"params": [], "names": [], "lr": rate, "weight_decay": decay}
-        group = groups.setdefault((rate, decay), empty)
+        empty |= {"muon": muon} if stage.muon else {}
+        group = groups.setdefault((rate, decay, muon), empty)
         group["params"].append(parameter)
         group["names"].append(name)
     grouped = [id(parameter) for group in groups.values() for parameter in group["params"]]
@@ -108,7 +111,8 @@ def parameter_settings(model: nn.Module, stage: StageSection) -> list[ParameterS
     _require_first_matches(globs, learning)
     everything = [alias for aliases in names.values() for alias in aliases]
     require_matches(stage.no_decay, everything, key="stage.no_decay", kind="parameter")
-    plain = _parameters_without_decay(model)
+    plain, words = _parameters_without_decay(model), _word_matrices(model)
+    require_matches(stage.muon, learning, key="stage.muon", kind="trainable parameter")
     settings = []
     for parameter, aliases in trainable.items():
         glob = next((glob for glob in globs if matches_any(aliases, [glob])), None)
@@ -119,7 +123,9 @@ def parameter_settings(model: nn.Module, stage: StageSection) -> list[ParameterS
             )
         exempt = parameter in plain or matches_any(aliases, stage.no_decay)
         decay = 0.0 if exempt else stage.weight_decay
-        settings.append(ParameterSetting(aliases[0], parameter, stage.learning_rates[glob], decay))
+        muon = parameter.ndim == 2 and parameter not in words and matches_any(aliases, stage.muon)
+        rate = stage.learning_rates[glob]
+        settings.append(ParameterSetting(aliases[0], parameter, rate, decay, muon))
     return settings
 
 
@@ -193,6 +199,16 @@ def _parameters_without_decay(model: nn.Module) -> set[nn.Parameter]:
             if is_bias or known or (named and parameter.ndim <= 1):
                 exempt.add(parameter)
     return exempt
+
+
+def _word_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """Word embeddings and the head: a step moves few of their rows, so Muon is not for them."""
+    return {
+        parameter
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or path.endswith("lm_head")
+        for parameter in module.parameters(recurse=False)
+    }
 
 
 def matches_any(names: Iterable[str], globs: Iterable[str]) -> bool:

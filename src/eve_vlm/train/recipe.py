@@ -53,6 +53,7 @@ _RENAMED = {
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 _GONE = {"warmup_ratio": "write warmup_steps: 0.03, where a value below 1 is a share of the run"}
+ADAMW = ("adamw_torch_fused", "adamw_torch")  # what stands beside Muon
 _AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
@@ -222,6 +223,7 @@ def _check_values(recipe: Recipe, origin: Origin) -> None:
     _check_sources(data.sources, origin)
     _check_packing(recipe, origin)
     _check_stage(stage, origin)
+    _check_muon(recipe, origin)
     if model.encoder is not None and stage.alignment is not None:
         problem = "must be null with model.encoder; the aligner belongs to EVE, without an encoder"
         origin.fail(("stage", "alignment"), problem)
@@ -290,6 +292,22 @@ def _check_stage(stage: StageSection, origin: Origin) -> None:
             origin.fail(
                 ("stage", "alignment"), "must be null in the stage language; it has no pictures"
             )
+
+
+def _check_muon(recipe: Recipe, origin: Origin) -> None:
+    """Muon needs whole matrices, and has AdamW beside it."""
+    if not recipe.stage.muon:
+        return
+    optim = recipe.training.get("optim", ADAMW[0])
+    if optim not in ADAMW:
+        problem = f"stands beside training.optim: {optim}; use {' or '.join(ADAMW)} there"
+        origin.fail(("stage", "muon"), problem)
+    if recipe.devices.strategy != "ddp":
+        problem = (
+            f"needs whole matrices, which {recipe.devices.strategy} shares out; take "
+            "devices.strategy: ddp, or an empty list here"
+        )
+        origin.fail(("stage", "muon"), problem)
 
 
 def _check_lora(recipe: Recipe, origin: Origin) -> None:

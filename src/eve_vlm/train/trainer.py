@@ -29,6 +29,7 @@ from eve_vlm.data.feature_table import FeatureTable
 from eve_vlm.train.data_log import DataLog
 from eve_vlm.train.guards import Guards
 from eve_vlm.train.meter import Meter
+from eve_vlm.train.muon import MuonAdamW
 from eve_vlm.train.parameters import optimizer_groups
 from eve_vlm.train.sections import GuardsSection, StageSection
 from eve_vlm.train.step_sums import StepSums
@@ -116,6 +117,8 @@ class EveTrainer(WholeCheckpoints):
                 {name: value for name, value in group.items() if name != "names"}
                 for group in optimizer_groups(target, self.stage)
             ]
+            if self.stage.muon:
+                optimizer = MuonAdamW
             self.optimizer = optimizer(groups, **settings)
         return self.optimizer
 

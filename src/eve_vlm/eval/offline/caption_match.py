@@ -9,13 +9,12 @@ would find it; here nothing in the words can be better than chance, which is exa
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from eve_vlm.data.phrases import PLACES, counted, with_article
+from eve_vlm.data.phrases import PLACES, SEE, counted, with_article
 from eve_vlm.data.splits import Dice
 from eve_vlm.eval.offline.composing import Composer, drawn
 from eve_vlm.eval.offline.fixed import FixedTask
 from eve_vlm.eval.task import Sample
 
-QUESTION = "What do you see?"
 GROUPS = ("count", "concept", "place")
 
 
@@ -41,7 +40,7 @@ class CaptionMatch(FixedTask):
                             scene,
                             things,
                             id=f"{group}-{number:02}-{right}",
-                            question=QUESTION,
+                            question=SEE,
                             answers=(choice.captions[right],),
                             options=choice.captions,
                             group=group,
