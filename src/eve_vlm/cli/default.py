@@ -1,7 +1,8 @@
 """Which model a command takes when none is named: eve-small, in this one place for all of them.
 
-Easy to get wrong: its decoder is fetched here, at the first use, and a machine without a network
-is then no worse off than before: the model of the last `eve quickstart` answers, and it is said.
+Easy to get wrong: a decoder that it needs is fetched here, at the first use, and a machine without
+a network is then no worse off than before: the model of the last `eve quickstart` answers, and it
+is said.
 """
 
 import sys
@@ -18,8 +19,8 @@ class MissingDecoderError(ValueError):
 def default_model() -> str:
     """The folder of the model that answers when none is named.
 
-    That is eve-small; where its decoder is neither there nor can be fetched, or this version has
-    no eve-small, the model of the last quickstart run.
+    That is eve-small; where it needs a decoder that is neither there nor can be fetched, or this
+    version has no eve-small, the model of the last quickstart run.
 
     Raises:
         ValueError: if there is neither; says both commands.
@@ -36,7 +37,7 @@ def default_model() -> str:
 
 
 def eve_small() -> Path:
-    """The folder of eve-small, its decoder fetched and the two put together at the first use.
+    """The folder of eve-small; a decoder that it needs is fetched and put to it at the first use.
 
     Raises:
         MissingDecoderError: if the decoder cannot be fetched.
@@ -46,7 +47,7 @@ def eve_small() -> Path:
 
     if not assembling.is_shipped():
         raise ValueError("this version of the package was built without it.")
-    if not assembling.has_decoder():
+    if not assembling.is_whole() and not assembling.has_decoder():
         try:
             _fetch(assembling.DECODER)
         except ValueError as error:

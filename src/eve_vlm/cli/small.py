@@ -26,9 +26,20 @@ def train(
             help="Values for the recipes of all stages, or of one: finetune:training.max_steps=10.",
         ),
     ] = None,
+    decoder: Annotated[
+        str,
+        typer.Option(
+            metavar="smollm2|new",
+            help="smollm2: SmolLM2-135M-Instruct, for one GPU.  new: a small one from nothing, for "
+            "two CPU cores in about an hour and a half.",
+        ),
+    ] = "smollm2",
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run; runs/eve-small, or RUN-twin for the twin of RUN."),
+        typer.Option(
+            help="Folder of the run; runs/eve-small, for a new decoder runs/eve-small-cpu, and "
+            "RUN-twin for the twin of RUN."
+        ),
     ] = None,
     steps_scale: Annotated[
         float, typer.Option(help="Factor of the steps of every stage, to fit a time.")
@@ -52,15 +63,23 @@ def train(
 
     eve small train --output runs/eve-small --steps-scale 0.5
 
+    eve small train --decoder new
+
     eve small train --twin-of runs/eve-small
     """
     from eve_vlm import small
 
     if output is None:
-        output = Path("runs/eve-small" if twin_of is None else f"{twin_of}-twin")
+        output = small.OUTPUTS.get(decoder, Path("runs/eve-small"))
+        if twin_of is not None:
+            output = Path(f"{twin_of}-twin")
     if dry_run:
         recipes = small.stage_recipes(
-            output, steps_scale=steps_scale, overrides=overrides or (), twin_of=twin_of
+            output,
+            decoder=decoder,
+            steps_scale=steps_scale,
+            overrides=overrides or (),
+            twin_of=twin_of,
         )
         for recipe in recipes:
             steps, sources = recipe.training["max_steps"], recipe.data.sources
@@ -74,6 +93,7 @@ def train(
     with stops_tidily():
         model = small.train_small(
             output,
+            decoder=decoder,
             steps_scale=steps_scale,
             overrides=overrides or (),
             twin_of=twin_of,
@@ -107,12 +127,21 @@ def _pack(run: Path, out: Path, results: Path | None) -> None:
     from eve_vlm import small
     from eve_vlm.default_model.packing import pack as pack_model
 
-    folders = [Path(recipe.output_dir) for recipe in small.stage_recipes(run)]
-    trained = small.merged_folder(small.stage_recipes(run)[-1])
-    done = pack_model(trained, run / small.BASE, folders, out=out, results=results)
-    made = done.difference
+    decoder = small.decoder_of(run)
+    recipes = small.stage_recipes(run, decoder=decoder)
+    done = pack_model(
+        small.merged_folder(recipes[-1]),
+        run / small.BASE if decoder == small.SMOLLM2 else None,
+        [Path(recipe.output_dir) for recipe in recipes],
+        out=out,
+        results=results,
+    )
+    size, made = done.facts["bytes"] / 1e6, done.difference
+    if made is None:
+        typer.echo(f"{done.weights} has {size:.1f} MB, all of the model.")
+        return
     typer.echo(
-        f"{made.file} has {made.bytes / 1e6:.1f} MB and {made.kept:.2%} of the change of "
+        f"{done.weights} has {size:.1f} MB and {made.kept:.2%} of the change of "
         f"{len(made.ranks)} decoder matrices (sum of squares)."
     )
 

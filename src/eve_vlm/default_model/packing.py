@@ -7,6 +7,7 @@ so evaluate that (`eve eval` without a model), not the folder that training left
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +15,24 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 import eve_vlm
-from eve_vlm.default_model.assembling import FACTS, SHIPPED, WEIGHTS, settings_of
+from eve_vlm.default_model.assembling import (
+    DECODER,
+    FACTS,
+    SHIPPED,
+    WEIGHTS,
+    WHOLE,
+    settings_of,
+    weights_file,
+)
 from eve_vlm.default_model.card import write_card
-from eve_vlm.default_model.difference import LIMIT, Difference, make_difference
+from eve_vlm.default_model.difference import LIMIT, Difference, make_difference, sha256_of
 from eve_vlm.encoder_twin_eve import EveEncoderConfig
 from eve_vlm.eval.tables import all_results
-from eve_vlm.loading import load_config
-from eve_vlm.output_folder import written_whole
+from eve_vlm.loading import load_config, load_model, load_processor
+from eve_vlm.output_folder import new_folder, written_whole
 from eve_vlm.versions import commit_of
 
+NEW = "new"  # the decoder was made from nothing
 RUN_FILE, RECIPE_FILE, VERSIONS_FILE = "run.json", "recipe.resolved.yaml", "versions.json"
 
 
@@ -30,13 +40,15 @@ class Packed(NamedTuple):
     """What was written."""
 
     folder: Path
-    difference: Difference
+    weights: Path
+    difference: Difference | None
+    """None for a whole model."""
     facts: dict[str, Any]
 
 
 def pack(
     trained: Path,
-    base: Path,
+    base: Path | None,
     stages: list[Path],
     *,
     out: Path = SHIPPED,
@@ -47,7 +59,8 @@ def pack(
 
     Args:
         trained: a plain model folder.
-        base: the model that training began with.
+        base: the model that training began with, whose decoder is not shipped; None ships the
+            whole model.
         stages: folders of the run's stages, in their order.
         out: a folder; what it holds of an earlier model is replaced.
         limit: most bytes of the weights.
@@ -55,7 +68,7 @@ def pack(
 
     Raises:
         ValueError: if the run is not finished, the two models do not belong together, or the
-            results are not whole.
+            results are not whole, or a whole model is above the limit.
     """
     told = [_told(stage) for stage in stages]
     if isinstance(load_config(trained).vision_config, EveEncoderConfig):
@@ -65,35 +78,73 @@ def pack(
         )
     if results is not None:
         all_results(results)  # what is not whole is refused before the packing
+    out.mkdir(parents=True, exist_ok=True)
     settings = settings_of(trained)
-    notes = {
-        "settings": json.dumps(settings),
-        "commit": str(commit_of(Path(eve_vlm.__file__).parent)),
-        "recipes": hashlib.sha256("".join(stage["recipe"] for stage in told).encode()).hexdigest(),
-    }
-    made = make_difference(
-        trained,
-        base,
-        out / WEIGHTS,
-        notes=notes,
-        limit=limit,
-        progress=lambda names: tqdm(names, desc="packing", unit=" weights"),
-    )
+    commit = str(commit_of(Path(eve_vlm.__file__).parent))
+    recipes = hashlib.sha256("".join(stage["recipe"] for stage in told).encode()).hexdigest()
+    difference: Difference | None = None
+    if base is None:
+        shipped = _whole(trained, out, limit)
+    else:
+        notes = {"settings": json.dumps(settings), "commit": commit, "recipes": recipes}
+        difference = make_difference(
+            trained,
+            base,
+            out / WEIGHTS,
+            notes=notes,
+            limit=limit,
+            progress=lambda names: tqdm(names, desc="packing", unit=" weights"),
+        )
+        shutil.rmtree(out / WHOLE, ignore_errors=True)
+        shipped = {
+            "decoder": DECODER,
+            "kept": round(difference.kept, 6),
+            "ranks": [
+                min(difference.ranks.values(), default=0),
+                max(difference.ranks.values(), default=0),
+            ],
+        }
+    weights = weights_file(out)
     facts = {
-        "sha256": made.sha256,
-        "bytes": made.bytes,
-        "kept": round(made.kept, 6),
-        "ranks": [min(made.ranks.values(), default=0), max(made.ranks.values(), default=0)],
+        "sha256": sha256_of(weights),
+        "bytes": weights.stat().st_size,
+        **shipped,
         "vision": settings["vision"],
         "longest_edge": settings["longest_edge"],
-        "commit": notes["commit"],
-        "recipes": notes["recipes"],
+        "commit": commit,
+        "recipes": recipes,
         "stages": [{name: stage[name] for name in SHOWN} for stage in told],
     }
     with written_whole(out / FACTS) as part:
         part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     write_card(out, facts, results=results)
-    return Packed(out, made, facts)
+    return Packed(out, weights, difference, facts)
+
+
+def _whole(trained: Path, out: Path, limit: int) -> dict[str, Any]:
+    """Writes the model without its aligner, which is for training alone; returns what is said."""
+    model, processor = load_model(trained), load_processor(trained)
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    if size > limit:
+        raise ValueError(
+            f"{trained} has {size / 1e6:.1f} MB of weights, but {limit / 1e6:.1f} MB are allowed; "
+            "train a narrower decoder."
+        )
+    model.config.alignment_config = None
+    shutil.rmtree(out / WHOLE, ignore_errors=True)
+    with new_folder(out / WHOLE) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors writes 0600, which others cannot read
+    (out / WEIGHTS).unlink(missing_ok=True)
+    text = model.config.get_text_config()
+    return {
+        "decoder": NEW,
+        "parameters": model.num_parameters(),
+        "layers": text.num_hidden_layers,
+        "width": text.hidden_size,
+    }
 
 
 SHOWN = ("name", "steps", "records", "seconds", "device", "commit")
