@@ -17,6 +17,7 @@ from PIL import Image
 from eve_vlm.data.collage_things import ALL_STYLES, PICTOGRAMS, Drawings, Thing, apart, things_of
 from eve_vlm.data.phrases import (
     QUESTIONS,
+    RELATION,
     RELATIONS,
     SEE,
     Box,
@@ -44,7 +45,6 @@ OPTIONS: dict[str, tuple[type, Any]] = {
     "turns": (int, 1),
 }
 FOLLOW_UPS = ("presence", "position", "corner", "count")
-RELATION = "Is the {x} left of, right of, above or below the {y}?"
 SAMPLINGS = ("random", "popular", "adversarial")
 """How what is not there is drawn: of all, of the frequent, of those like what is there."""
 

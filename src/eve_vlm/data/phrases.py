@@ -54,6 +54,8 @@ NUMBERS = ("one", "two", "three", "four", "five", "six")
 SEE = "What do you see?"
 """The question whose answer is a caption."""
 PLACES = ("top left", "top right", "bottom left", "bottom right")
+RELATION = "Is the {x} left of, right of, above or below the {y}?"
+"""The question for the relation of two things; its answer is one of `RELATIONS`."""
 RELATIONS = ("left of", "right of", "above", "below")
 IRREGULAR = {
     **{"goose": "geese", "mouse": "mice", "leaf": "leaves", "wolf": "wolves"},
@@ -227,6 +229,7 @@ __all__ = [
     "CAPTION_FAMILIES",
     "FAMILIES",
     "QUESTION_FAMILIES",
+    "RELATION",
     "SEE",
     "SEEN_WORDS",
     "UNSEEN_WORDS",

@@ -4,8 +4,8 @@
     options: {split: train, size: 20000, families: {name: 1, count: 2}, settings: {max_count: 3}}
 
 To teach a new decoder what a picture's tokens are for, `described: 28` puts a description in the
-place of the picture, one word for each cell of 28 pixels.  `asked: true` makes captions the answers
-to "What do you see?".
+place of the picture, one word for each cell of 28 pixels.  `asked: true` makes captions answers: to
+"What do you see?", and those of a relation to the question for it.
 
 `square` makes every picture a square one, as encoders of a fixed size want it, for comparisons:
 `pad` puts grey around it, `squeeze` stretches its shorter side.
@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from eve_vlm.cache import cache_folder
-from eve_vlm.data.phrases import SEE
+from eve_vlm.data.phrases import RELATION, SEE, relation_of
 from eve_vlm.data.pictograms import load_pictograms
 from eve_vlm.data.picture_ref import PictureRef
 from eve_vlm.data.records import Record, messages_of, text_of
@@ -94,7 +94,7 @@ class SceneSource:
         """Scene `index`."""
         if self.described is not None:
             return self.scenes.described(index, cell=self.described)
-        record = self._asked(self.scenes[index])
+        record = self._asked(index, self.scenes[index])
         if self.square is None:
             return record
         picture = record.images[0]
@@ -105,7 +105,7 @@ class SceneSource:
         """Scene `index` for measuring: a picture is not drawn."""
         if self.described is not None:
             return self.scenes.described(index, cell=self.described)
-        record = self._asked(self.scenes.outline(index))
+        record = self._asked(index, self.scenes.outline(index))
         if self.square is None:
             return record
         undrawn = record.images[0]
@@ -114,11 +114,16 @@ class SceneSource:
         undrawn = PictureRef(name="", known_size=(side, side))
         return dataclasses.replace(record, images=[undrawn])
 
-    def _asked(self, record: Record) -> Record:
+    def _asked(self, index: int, record: Record) -> Record:
         """A caption as an answer, where that is the option."""
         if not self.asked or record.format != "plain":
             return record
         turn = (SEE, text_of(record.messages[-1]))
+        if record.family == "caption_relation":
+            # They stand in reading order, so every other one is asked about the other way round.
+            first, second = self.scenes.scene(index).placements[:: -1 if index % 2 else 1]
+            question = RELATION.format(x=first.concept, y=second.concept)
+            turn = (question, relation_of(first.box, second.box))
         return dataclasses.replace(record, messages=messages_of([turn]), format="chat")
 
 
