@@ -149,10 +149,16 @@ def _steps_of(shipped: str) -> int:
 
 
 def _what(recipe: Recipe) -> dict[str, Any]:
-    """A recipe without its folders, and without what only makes it faster."""
+    """A recipe without its folders, and without what only makes it faster.
+
+    Keys that came later are left out too, where they say what was so before: results of then are
+    still known.
+    """
     values = asdict(recipe)
     values["model"]["init_from"] = None
-    del values["model"]["record_layers"]  # came later: without it results of before are still known
+    del values["model"]["record_layers"]
+    if not values["stage"]["muon"]:
+        del values["stage"]["muon"]
     return {name: value for name, value in values.items() if name not in NAMES}
 
 
