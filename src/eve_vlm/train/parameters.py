@@ -112,7 +112,14 @@ def parameter_settings(model: nn.Module, stage: StageSection) -> list[ParameterS
     everything = [alias for aliases in names.values() for alias in aliases]
     require_matches(stage.no_decay, everything, key="stage.no_decay", kind="parameter")
     plain, words = _parameters_without_decay(model), _word_matrices(model)
-    require_matches(stage.muon, learning, key="stage.muon", kind="trainable parameter")
+    hidden = {
+        parameter: aliases
+        for parameter, aliases in trainable.items()
+        if parameter.ndim == 2 and parameter not in words
+    }
+    matrices = [alias for aliases in hidden.values() for alias in aliases]
+    kind = "trainable matrix, word embeddings and head aside,"
+    require_matches(stage.muon, matrices, key="stage.muon", kind=kind)
     settings = []
     for parameter, aliases in trainable.items():
         glob = next((glob for glob in globs if matches_any(aliases, [glob])), None)
@@ -123,7 +130,7 @@ def parameter_settings(model: nn.Module, stage: StageSection) -> list[ParameterS
             )
         exempt = parameter in plain or matches_any(aliases, stage.no_decay)
         decay = 0.0 if exempt else stage.weight_decay
-        muon = parameter.ndim == 2 and parameter not in words and matches_any(aliases, stage.muon)
+        muon = parameter in hidden and matches_any(aliases, stage.muon)
         rate = stage.learning_rates[glob]
         settings.append(ParameterSetting(aliases[0], parameter, rate, decay, muon))
     return settings

@@ -186,8 +186,7 @@ class StageSection:
     no_decay: list[str] = dataclasses.field(default_factory=list)
     """Globs of further parameters without decay."""
     muon: list[str] = dataclasses.field(default_factory=list)
-    """Globs of matrices that Muon moves, at their learning rates; the rest stays with
-    training.optim.  For a decoder that is trained from nothing."""
+    """Globs of matrices that Muon moves, not training.optim; for a decoder made from nothing."""
     label_weight: Literal["token", "sample", "sqrt"] = "token"
     """What counts equally: every learnt token, every record, or the square root of its tokens."""
     alignment: AlignmentSection | None
