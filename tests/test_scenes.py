@@ -5,6 +5,7 @@ is compared with the pixels. Easy to get wrong: records are checked as a model s
 and pictures), so a question is read back from its text, not taken from the generator.
 """
 
+import dataclasses
 import hashlib
 import re
 import sys
@@ -204,7 +205,7 @@ def test_unseen_concepts_and_words_never_reach_training(pictograms):
     for split in ("train", "held_out"):
         data = dataset(pictograms, split, num_concepts=40, num_turns=3, num_phrasings=2)
         for index in range(SIZE):
-            record = data.text(index)
+            record = data.outline(index)
             words = re.findall(r"[a-z]+", " ".join(texts(record)).lower())
             assert not new & ({*words} | {word[:-1] for word in words if word.endswith("s")})
             assert not new & {p.concept for p in data.scene(index).placements}
@@ -276,7 +277,7 @@ def test_every_answer_is_true(pictograms, split):
     )
     asked = Counter()
     for index in range(SIZE):
-        said = texts(data.text(index))
+        said = texts(data.outline(index))
         for question, answer in zip(said[::2], said[1::2], strict=True):
             assert answer == true_answer(question, data.scene(index)), (index, question)
             asked[question.split()[0]] += 1
@@ -322,7 +323,7 @@ def check_relation(caption, scene):
 def test_articles_and_plurals(pictograms):
     families = {"presence": 1, "count": 1}
     data = dataset(pictograms, families=families, num_concepts=40, size=3000)
-    said = {texts(data.text(index))[0] for index in range(3000)}
+    said = {texts(data.outline(index))[0] for index in range(3000)}
     assert {"Is there an apple?", "Is there a cat?", "How many fish?", "How many keys?"} <= said
     assert not [text for text in said if re.search(r" a [aeiou]| an [^aeiou]|fishs", text)]
 
@@ -332,7 +333,7 @@ def test_texts_use_only_the_vocabulary(pictograms):
     for split in ("train", "unseen"):
         data = dataset(pictograms, split, num_concepts=40, num_turns=4, num_phrasings=2)
         for index in range(SIZE):
-            assert set(re.findall(r"\w+|[^\w\s]", " ".join(texts(data.text(index))))) <= words
+            assert set(re.findall(r"\w+|[^\w\s]", " ".join(texts(data.outline(index))))) <= words
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -390,8 +391,9 @@ def test_record_has_one_picture_and_matching_messages(pictograms):
         assert record.messages[0]["content"][0] == {"type": "image"}
         roles = [message["role"] for message in record.messages]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
-        assert not data.text(index).images
-        assert texts(data.text(index)) == texts(record)
+        outline = data.outline(index)
+        assert outline.images[0].size() == picture.size
+        assert dataclasses.replace(outline, images=record.images) == record
 
 
 # ---- balance -------------------------------------------------------------------------------------
@@ -451,6 +453,10 @@ def test_families_come_by_weight(pictograms):
                 "canvases": ((224, 224),),
             },
             "max_objects 8 at most 7",
+        ),
+        (
+            {"max_objects": 7, "grids": ((4, 4),), "canvases": ((224, 224),)},
+            "max_objects 7 must be at most 6 with the family caption_list, because 6 of a kind",
         ),
         ({"grids": ((3, 3),)}, "family 'position'"),
         ({"canvases": ((28, 112),)}, "only 14 pixels"),

@@ -116,6 +116,11 @@ def check_settings(
             f"{settings.max_objects} at most {len(NUMBERS) + 1} with it, because {len(NUMBERS)} of "
             "a kind have a word"
         )
+    elif "caption_list" in families and settings.max_objects > len(NUMBERS):
+        problem = (
+            f"max_objects {settings.max_objects} must be at most {len(NUMBERS)} with the family "
+            f"caption_list, because {len(NUMBERS)} of a kind have a word and all may be of one kind"
+        )
     elif settings.num_phrasings not in (1, 2) or settings.num_turns < 1:
         problem = (
             f"num_phrasings {settings.num_phrasings} must be 1 or 2 and num_turns "
