@@ -300,7 +300,9 @@ def test_scenes_come_with_and_without_pictures():
         ({"split": "test"}, ("test",)),
         ({"size": 0}, ("size",)),
         ({"size": -5}, ("size",)),
-        ({"text_only": "yes"}, ("text_only",)),
+        ({"text_only": "yes"}, ("options.text_only must be true or false", "'yes'")),
+        ({"asked": "yes"}, ("options.asked", "bool", "'yes'")),
+        ({"asked": True, "described": 28}, ("asked", "described", "leave one of the two out")),
     ],
 )
 def test_scene_options_that_do_not_fit_are_refused(changes, parts):

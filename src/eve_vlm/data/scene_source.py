@@ -67,6 +67,11 @@ class SceneSource:
                     f"data.sources.options.{name} must be given as {kind.__name__} for scenes, "
                     f"but it is {options.get(name, default)!r}."
                 )
+        if options.get("asked") and options.get("described") is not None:
+            raise ValueError(
+                "data.sources.options.asked is for pictures, but described puts words in their "
+                "place; leave one of the two out."
+            )
         if options.get("square") not in SQUARES:
             raise ValueError(
                 f"data.sources.options.square is {options['square']!r}; use pad, squeeze or null."

@@ -23,7 +23,6 @@ from eve_vlm.data.rendered.page import Page, Question, draw_page
 from eve_vlm.data.rendered.sheet import SPLIT_KEYS
 from eve_vlm.data.rendered.vocabulary import PageSplit
 from eve_vlm.data.rendered.word_pictures import FAMILIES, GROUPS, WordPictures
-from eve_vlm.data.sources.source import outline_of
 from eve_vlm.data.splits import Dice
 
 RECORD_KEY = 64  # tells these dice from those of other generators with the same seed
@@ -107,8 +106,8 @@ class RenderedSource:
         return self.records[index]
 
     def outline(self, index: int) -> Record:
-        """Record `index` for measuring; pages and charts are not drawn."""
-        return outline_of(self.records, index)
+        """Record `index` for measuring, its picture not drawn."""
+        return self.records.outline(index)
 
 
 class Drawn(NamedTuple):

@@ -85,6 +85,10 @@ class WordPictures:
         """Record `index`."""
         return self.part(index)[index]
 
+    def outline(self, index: int) -> Record:
+        """Record `index` for measuring, its picture not drawn."""
+        return self.part(index).outline(index)
+
     def text(self, index: int) -> str:
         """What is written in record `index`; draws nothing."""
         return self.part(index).word(index)
