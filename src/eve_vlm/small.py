@@ -49,11 +49,13 @@ BASE = "base"  # folder of a run on the asset's decoder, beside those of the sta
 LANGUAGE = "language"  # the stage that makes a new decoder
 TEXTS = "conversations.jsonl"  # in the folder of a run: records without a picture
 NUM_TEXTS = 6000
-# What globs of eve-small's trainable parts mean in its twin, where `*.layers.*` may name the frozen
-# encoder too; it has no aligner.
+# What globs of eve-small's trainable parts mean in its twin, where `*` and `*.layers.*` may name
+# the frozen encoder too; it has no aligner.
+ROW_END = "model.vision_tower.row_end_embedding"
 TWIN_GLOBS = {
-    "*.layers.*": "model.language_model.layers.*",
-    "model.vision_tower.*": "model.vision_tower.row_end_embedding",
+    "*": ("model.language_model.*", "model.multi_modal_projector.*", ROW_END),
+    "*.layers.*": ("model.language_model.layers.*",),
+    "model.vision_tower.*": (ROW_END,),
 }
 ALIGNER = "aligner."
 
@@ -118,8 +120,10 @@ def stage_recipes(
 
 
 def decoder_of(run: Path) -> str:
-    """What the decoder of a run is, a key of `STAGES`."""
-    return NEW if (run / LANGUAGE).is_dir() else SMOLLM2
+    """What the decoder of a run or of its twin is, a key of `STAGES`."""
+    last = run / "finetune" / RECIPE_FILE
+    made = (run / LANGUAGE).is_dir() or (last.is_file() and load_recipe(last).lora is None)
+    return NEW if made else SMOLLM2
 
 
 def _new_decoder(run: Path) -> Path:
@@ -147,7 +151,7 @@ def twin_recipe(recipe: Recipe, encoder: EncoderSection) -> Recipe:
         model=replace(recipe.model, encoder=encoder),
         stage=replace(
             recipe.stage,
-            trainable=[TWIN_GLOBS.get(glob, glob) for glob in globs],
+            trainable=[name for glob in globs for name in TWIN_GLOBS.get(glob, (glob,))],
             learning_rates={glob: rate for glob, rate in rates if not glob.startswith(ALIGNER)},
             alignment=None,
         ),

@@ -70,12 +70,13 @@ def pack(
         ValueError: if the run is not finished, the two models do not belong together, or the
             results are not whole, or a whole model is above the limit.
     """
-    told = [_told(stage) for stage in stages]
-    if isinstance(load_config(trained).vision_config, EveEncoderConfig):
+    there = (trained / "config.json").is_file()
+    if there and isinstance(load_config(trained).vision_config, EveEncoderConfig):
         raise ValueError(
             f"{trained} is an encoder-based twin, which is for comparison and not shipped; give "
             "the run that it is the twin of."
         )
+    told = [_told(stage) for stage in stages]
     if results is not None:
         all_results(results)  # what is not whole is refused before the packing
     out.mkdir(parents=True, exist_ok=True)
