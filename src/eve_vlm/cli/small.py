@@ -4,11 +4,14 @@ They read arguments and call `eve_vlm.small` and `eve_vlm.default_model`, import
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .training import stops_tidily, tell
+
+if TYPE_CHECKING:
+    from eve_vlm.train.sections import Recipe
 
 small_app = typer.Typer(
     help="Make eve-small, the model that answers when none is named.",
@@ -81,14 +84,7 @@ def train(
             overrides=overrides or (),
             twin_of=twin_of,
         )
-        for recipe in recipes:
-            steps, sources = recipe.training["max_steps"], recipe.data.sources
-            names = ", ".join(source.name or source.kind for source in sources)
-            encoder = recipe.model.encoder
-            frozen = "" if encoder is None else f"twin with a frozen {encoder.name}, "
-            typer.echo(f"{recipe.stage.name}: {frozen}{steps:,} steps of {names}")
-        for sentence in small.lacking_parts(recipes):
-            typer.echo(f"lacking: {sentence}")
+        _tell_plan(recipes)
         return
     with stops_tidily():
         model = small.train_small(
@@ -102,6 +98,20 @@ def train(
     typer.echo(f"{model} is trained.")
     if packing and twin_of is None:
         _pack(output, output / "packed", None)
+
+
+def _tell_plan(recipes: "list[Recipe]") -> None:
+    """The stages, and what is missing for them."""
+    from eve_vlm.small import lacking_parts
+
+    for recipe in recipes:
+        steps, sources = recipe.training["max_steps"], recipe.data.sources
+        names = ", ".join(source.name or source.kind for source in sources)
+        encoder = recipe.model.encoder
+        frozen = "" if encoder is None else f"twin with a frozen {encoder.name}, "
+        typer.echo(f"{recipe.stage.name}: {frozen}{steps:,} steps of {names}")
+    for sentence in lacking_parts(recipes):
+        typer.echo(f"lacking: {sentence}")
 
 
 @small_app.command()

@@ -211,6 +211,8 @@ def _joined(parts: list[str]) -> str:
 def vocabulary() -> tuple[str, ...]:
     """Every word and mark that a scene of any split can say, sorted: what a tokenizer must know."""
     texts = [
+        SEE,
+        RELATION.format(x="", y=""),
         *NUMBERS,
         *PLACES,
         *RELATIONS,
