@@ -8,7 +8,7 @@ answers are true.
 
 from collections.abc import Iterator, Sequence
 
-from eve_vlm.data.phrases import PLACES, RELATIONS, turn_about
+from eve_vlm.data.phrases import PLACES, RELATION, RELATIONS, turn_about
 from eve_vlm.data.splits import Dice
 from eve_vlm.eval.offline.composing import Composer, means
 from eve_vlm.eval.offline.fixed import FixedTask
@@ -79,7 +79,7 @@ def _relations(composer: Composer, seed: int, repeats: int) -> Iterator[Sample]:
             composer.compose(things, Dice(seed, 1, number, 1)),
             things,
             id=f"relation-{number:03}",
-            question=f"Is the {concept} left of, right of, above or below the {partner}?",
+            question=RELATION.format(x=concept, y=partner),
             answers=(relation,),
             group="relation",
         )
