@@ -528,8 +528,9 @@ def test_ask_and_look(page, site, alone, files):
     np.testing.assert_array_equal(grid, whole[: grid.shape[0], : grid.shape[1]])
     expected, site[2].step = told(alone, [file]), STEP
     send(page)
-    seen = []
+    seen, end = [], time.monotonic() + PATIENCE / 1000
     while not page.is_visible("#eve-words"):
+        assert time.monotonic() < end, f"no words to choose after {seen[-1:]}"
         seen += [text for text in answers(page)[:1] if text not in seen]
     assert len(seen) >= 4 and all(expected.text.startswith(text) for text in seen[1:])
     assert [len(text) for text in seen[1:]] == sorted(len(text) for text in seen[1:])
