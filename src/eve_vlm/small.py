@@ -25,6 +25,8 @@ from eve_vlm.configuration_eve import EveVisionConfig
 from eve_vlm.conversing import ConverseSettings, converse, load_speaker
 from eve_vlm.data.sources import source_of
 from eve_vlm.decoders.initialize import initialize
+from eve_vlm.default_model.assembling import DECODER as SMOLLM2
+from eve_vlm.default_model.assembling import NEW
 from eve_vlm.export.merged_run import merge_run
 from eve_vlm.lora_adapters import require_peft
 from eve_vlm.output_folder import new_folder
@@ -35,7 +37,6 @@ from eve_vlm.train.run_folder import RECIPE_FILE
 from eve_vlm.train.sections import EncoderSection, Recipe
 from eve_vlm.vision_encoder import EFFICIENTNET
 
-SMOLLM2, NEW = "smollm2", "new"  # what the decoder is: that of the asset, or made from nothing
 STAGES = {
     SMOLLM2: ("1_prealign", "2_pretrain", "3_finetune"),
     NEW: ("0_language", "1_prealign", "2_pretrain", "3_finetune"),

@@ -32,6 +32,7 @@ from eve_vlm.output_folder import new_folder
 
 NAME = "eve-small"
 DECODER = "smollm2"  # the asset
+NEW = "new"  # in place of it: a decoder that was made from nothing
 SHIPPED = Path(__file__).parent
 FACTS = f"{NAME}.json"
 WEIGHTS = f"{NAME}.safetensors"  # the difference
@@ -165,6 +166,7 @@ __all__ = [
     "DECODER",
     "FACTS",
     "NAME",
+    "NEW",
     "SHIPPED",
     "WEIGHTS",
     "WHOLE",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eve_vlm.default_model.assembling import DECODER, NEW
 from eve_vlm.eval.tables import all_results, notes, score_table
 from eve_vlm.image_processing_eve import num_image_tokens
 from eve_vlm.output_folder import written_whole
@@ -69,7 +70,7 @@ class _Words(NamedTuple):
 
 
 _BY_DECODER = {
-    "smollm2": _Words(
+    DECODER: _Words(
         decoder="SmolLM2-135M-Instruct",
         use="""\
 The decoder (Apache-2.0, 93 MB) is fetched from its
@@ -100,7 +101,7 @@ The weights in this package are under Apache-2.0, as SmolLM2 and the package are
 CC BY-SA 4.0 (OpenMoji), GPL-2 (Tux Paint), GPL-3 and others (GCompris), GFDL (GIMP handbook) and of
 the public domain (Openclipart)""",
     ),
-    "new": _Words(
+    NEW: _Words(
         decoder="a Llama of {layers} layers and width {width} that was made from nothing",
         use="It is whole: nothing is fetched.",
         made="""\
@@ -158,7 +159,7 @@ def write_card(folder: Path, facts: Mapping[str, Any], *, results: Path | None =
     vision, edge = facts["vision"], facts["longest_edge"]
     cells = edge // (vision["patch_size"] * vision["merge_size"])
     words = _BY_DECODER[facts["decoder"]]._asdict()
-    if facts["decoder"] == "new":
+    if facts["decoder"] == NEW:
         words["decoder"] = words["decoder"].format(layers=facts["layers"], width=facts["width"])
     text = _ABOUT.format(
         **words,
@@ -179,7 +180,7 @@ def write_card(folder: Path, facts: Mapping[str, Any], *, results: Path | None =
 
 def _contents(facts: Mapping[str, Any]) -> str:
     size, name = f"{facts['bytes'] / 1e6:.1f} MB", f"SHA-256 `{facts['sha256']}`"
-    if facts["decoder"] == "new":
+    if facts["decoder"] == NEW:
         return f"{size}: all {facts['parameters']:,} parameters in float32.\n\n{name}"
     low, high = facts["ranks"]
     return (

@@ -18,6 +18,7 @@ import eve_vlm
 from eve_vlm.default_model.assembling import (
     DECODER,
     FACTS,
+    NEW,
     SHIPPED,
     WEIGHTS,
     WHOLE,
@@ -32,7 +33,6 @@ from eve_vlm.loading import load_config, load_model, load_processor
 from eve_vlm.output_folder import new_folder, written_whole
 from eve_vlm.versions import commit_of
 
-NEW = "new"  # the decoder was made from nothing
 RUN_FILE, RECIPE_FILE, VERSIONS_FILE = "run.json", "recipe.resolved.yaml", "versions.json"
 
 

@@ -1,7 +1,7 @@
 """Muon for the matrices of a small decoder, AdamW for all else, in one optimizer.
 
 Muon (Jordan et al. 2024) moves a matrix by its momentum with all singular values made about equal.
-A model that learns to see from nothing needs a third of the records then (`dev/LOG.md`).  The step
+A model that learns to see from nothing needs half of the records then (`dev/LOG.md`).  The step
 is scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so both share learning rates.
 Easy to get wrong: `torch.optim.Muon` multiplies in bfloat16, which CPUs without it do 25 times more
 slowly than float32, so the products are here, in float32 on a CPU.
