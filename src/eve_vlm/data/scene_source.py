@@ -109,7 +109,7 @@ class SceneSource:
     def outline(self, index: int) -> Record:
         """Scene `index` for measuring: a picture is not drawn."""
         if self.described is not None:
-            return self.scenes.described(index, cell=self.described)
+            return self[index]  # has no picture
         record = self._asked(index, self.scenes.outline(index))
         if self.square is None:
             return record
