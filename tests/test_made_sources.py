@@ -187,6 +187,16 @@ def test_captions_that_are_asked_for_are_answers(made):
     assert answers == {"left of", "right of", "above", "below"}
 
 
+def test_captions_are_asked_for_in_as_many_ways_as_questions_are(made):
+    for number in (1, 4):
+        settings = CAPTIONS["settings"] | {"num_phrasings": number}
+        source = made(asked=True, settings=settings, size=400)
+        records = map(source.outline, range(len(source)))
+        asked = {said(record)[0][1] for record in records if record.family == "caption_list"}
+        ways = ("What do you see?", "Describe the picture.", "What is in the picture?")
+        assert asked == ({*ways, "What does the picture show?"} if number == 4 else {ways[0]})
+
+
 # --- measuring ------------------------------------------------------------------------------------
 
 

@@ -51,8 +51,12 @@ UNSEEN_WORDS = ("fun", "shop", "lake", "rain", "sweet", "job", "north", "sky")
 """Written words that no training scene or text holds."""
 
 NUMBERS = ("one", "two", "three", "four", "five", "six")
-SEE = "What do you see?"
-"""The question whose answer is a caption."""
+SEES = (
+    *("What do you see?", "Describe the picture."),
+    *("What is in the picture?", "What does the picture show?"),
+)
+"""Phrasings of the question whose answer is a caption."""
+SEE = SEES[0]
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 RELATION = "Is the {x} left of, right of, above or below the {y}?"
 """The question for the relation of two things; its answer is one of `RELATIONS`."""
@@ -65,13 +69,29 @@ IRREGULAR = {
 
 # The first phrasing of each family is the default; {a} has the article, {s} is the plural.
 QUESTIONS: dict[str, tuple[str, ...]] = {
-    "name": ("What is this?", "Name this."),
-    "presence": ("Is there {a}?", "Do you see {a}?"),
-    "count": ("How many {s}?", "Count the {s}."),
-    "position": ("Where is the {x}?", "Find the {x}."),
-    "corner": ("What is {place}?", "Name the one {place}."),
-    "word": ("What does it say?", "Read the word."),
+    "name": ("What is this?", "Name this.", "What is it?", "What is shown here?"),
+    "presence": (
+        *("Is there {a}?", "Do you see {a}?"),
+        *("Is there {a} in the picture?", "Can you see {a}?"),
+    ),
+    "count": (
+        *("How many {s}?", "Count the {s}."),
+        *("How many {s} are there?", "How many {s} do you see?"),
+    ),
+    "position": (
+        *("Where is the {x}?", "Find the {x}."),
+        *("Where is the {x} in the picture?", "Where do you see the {x}?"),
+    ),
+    "corner": (
+        *("What is {place}?", "Name the one {place}."),
+        *("What is in the {place} corner?", "What do you see {place}?"),
+    ),
+    "word": (
+        *("What does it say?", "Read the word."),
+        *("What is written here?", "Which word is this?"),
+    ),
 }
+MOST_PHRASINGS = min(map(len, QUESTIONS.values()))
 
 
 class Box(NamedTuple):
@@ -211,7 +231,7 @@ def _joined(parts: list[str]) -> str:
 def vocabulary() -> tuple[str, ...]:
     """Every word and mark that a scene of any split can say, sorted: what a tokenizer must know."""
     texts = [
-        SEE,
+        *SEES,
         RELATION.format(x="", y=""),
         *NUMBERS,
         *PLACES,
@@ -230,10 +250,12 @@ def vocabulary() -> tuple[str, ...]:
 __all__ = [
     "CAPTION_FAMILIES",
     "FAMILIES",
+    "MOST_PHRASINGS",
     "QUESTION_FAMILIES",
     "RELATION",
     "SEE",
     "SEEN_WORDS",
+    "SEES",
     "UNSEEN_WORDS",
     "Box",
     "Placement",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
-from eve_vlm.data.phrases import FAMILIES, NUMBERS, SEEN_WORDS
+from eve_vlm.data.phrases import FAMILIES, MOST_PHRASINGS, NUMBERS, SEEN_WORDS
 from eve_vlm.data.pictograms import SEEN
 from eve_vlm.data.splits import Split
 
@@ -54,7 +54,7 @@ class SceneSettings:
     num_turns: int = 1
     """Most questions about one scene; those after the first are `FOLLOW_UPS`. Captions have one."""
     num_phrasings: int = 1
-    """Phrasings of a question that take part (1 or 2)."""
+    """Phrasings of a question that take part (1 to 4)."""
 
 
 def canvases_of(family: str, settings: SceneSettings) -> tuple[tuple[int, int], ...]:
@@ -121,10 +121,10 @@ def check_settings(
             f"max_objects {settings.max_objects} must be at most {len(NUMBERS)} with the family "
             f"caption_list, because {len(NUMBERS)} of a kind have a word and all may be of one kind"
         )
-    elif settings.num_phrasings not in (1, 2) or settings.num_turns < 1:
+    elif not 1 <= settings.num_phrasings <= MOST_PHRASINGS or settings.num_turns < 1:
         problem = (
-            f"num_phrasings {settings.num_phrasings} must be 1 or 2 and num_turns "
-            f"{settings.num_turns} at least 1"
+            f"num_phrasings {settings.num_phrasings} must be 1 to {MOST_PHRASINGS} "
+            f"and num_turns {settings.num_turns} at least 1"
         )
     else:
         problem = next(filter(None, (_cell_problem(family, settings) for family in families)), "")

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from eve_vlm.cache import cache_folder
-from eve_vlm.data.phrases import RELATION, SEE, relation_of
+from eve_vlm.data.phrases import RELATION, SEES, relation_of
 from eve_vlm.data.pictograms import load_pictograms
 from eve_vlm.data.picture_ref import PictureRef
 from eve_vlm.data.records import Record, messages_of, text_of
@@ -123,7 +123,8 @@ class SceneSource:
         """A caption as an answer, where that is the option."""
         if not self.asked or record.format != "plain":
             return record
-        turn = (SEE, text_of(record.messages[-1]))
+        see = SEES[index % self.scenes.settings.num_phrasings]
+        turn = (see, text_of(record.messages[-1]))
         if record.family == "caption_relation":
             # They stand in reading order, so every other one is asked about the other way round.
             first, second = self.scenes.scene(index).placements[:: -1 if index % 2 else 1]
