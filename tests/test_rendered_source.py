@@ -6,6 +6,7 @@ for in the records of whole sources; shares are counted here.  Texts are exact; 
 """
 
 import re
+import string
 from collections import Counter
 
 import gguf
@@ -126,6 +127,15 @@ def test_held_out_words_are_those_of_the_task(asked):
     words = make(what="words", size=300, split="held_out", groups={"short": 1, "long": 1}).records
     written = {words.text(index) for index in range(300)}
     assert written <= set(UNSEEN_WORDS) | set(VOCABULARY["held_out"].long_words)
+
+
+def test_characters_are_written_where_they_are_asked_for():
+    words = make(what="words", size=SIZE).records
+    assert min(len(words.text(index)) for index in range(SIZE) if words.text(index).isalpha()) > 1
+    single = make(what="words", size=620, groups={"character": 1}).records
+    written = Counter(single.text(index) for index in range(620))
+    assert set(written) == set(string.ascii_letters + string.digits)
+    assert max(written.values()) - min(written.values()) <= 2, "even shares"
 
 
 def test_words_come_from_the_tokens_of_a_gguf_file(tmp_path, monkeypatch):

@@ -402,6 +402,34 @@ def test_record_has_one_picture_and_matching_messages(pictograms):
         assert dataclasses.replace(outline, images=record.images) == record
 
 
+def test_follow_ups_are_those_that_are_asked_for(pictograms):
+    crowd = {"canvases": ((168, 168),), "grids": ((3, 3),), "max_objects": 6, "max_count": 3}
+    data = dataset(
+        pictograms,
+        families={"count": 1},
+        **crowd,
+        distractor_kinds=3,
+        num_turns=4,
+        follow_ups=("count",),
+    )
+    said = [texts(data.outline(index))[::2] for index in range(100)]
+    assert {2, 3} <= {len(questions) for questions in said} <= {1, 2, 3, 4}
+    assert all(question.startswith("How many") for questions in said for question in questions)
+    # Nothing stands in a clear place here, so places cannot be asked about.
+    middle = {"canvases": ((40, 40),), "grids": ((1, 1),)}
+    data = dataset(
+        pictograms,
+        families={"presence": 1},
+        **middle,
+        min_objects=1,
+        max_objects=1,
+        max_count=1,
+        num_turns=4,
+        follow_ups=("position", "corner"),
+    )
+    assert {len(data.scene(index).turns) for index in range(50)} == {1}
+
+
 # ---- balance -------------------------------------------------------------------------------------
 
 
@@ -467,6 +495,8 @@ def test_families_come_by_weight(pictograms):
         ({"grids": ((3, 3),)}, "family 'position'"),
         ({"canvases": ((28, 112),)}, "only 14 pixels"),
         ({"num_phrasings": 5}, "num_phrasings 5 must be 1 to 4"),
+        ({"follow_ups": ("count", "colour")}, "must name some of presence, position, corner"),
+        ({"follow_ups": ()}, "follow_ups"),
     ],
 )
 def test_impossible_settings_are_refused(pictograms, change, message):

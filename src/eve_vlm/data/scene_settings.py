@@ -16,6 +16,7 @@ from eve_vlm.data.splits import Split
 SINGLE_FAMILIES = frozenset({"name", "word", "caption_name", "caption_word"})
 WORD_FAMILIES = frozenset({"word", "caption_word"})
 PLACE_FAMILIES = frozenset({"position", "corner", "caption_place"})
+FOLLOW_UPS = ("presence", "position", "corner", "count")
 MIN_CELL = 20  # pixels; below it a pictogram has fewer than 12 pixels and cannot be told
 
 
@@ -52,7 +53,12 @@ class SceneSettings:
     word_size_range: tuple[float, float] = (0.8, 1.0)
     """Size of a written word as a share of the largest that fits its canvas."""
     num_turns: int = 1
-    """Most questions about one scene; those after the first are `FOLLOW_UPS`. Captions have one."""
+    """Most questions about one scene; those after the first are `follow_ups`. Captions have one."""
+    follow_ups: tuple[str, ...] = FOLLOW_UPS
+    """What questions after the first are about, in equal shares of those that the scene allows.
+
+    An answer about a place may follow from an earlier one; a number or a presence hardly does.
+    """
     num_phrasings: int = 1
     """Phrasings of a question that take part (1 to 4)."""
 
@@ -121,6 +127,8 @@ def check_settings(
             f"max_objects {settings.max_objects} must be at most {len(NUMBERS)} with the family "
             f"caption_list, because {len(NUMBERS)} of a kind have a word and all may be of one kind"
         )
+    elif not settings.follow_ups or set(settings.follow_ups) - set(FOLLOW_UPS):
+        problem = f"follow_ups {settings.follow_ups} must name some of {', '.join(FOLLOW_UPS)}"
     elif not 1 <= settings.num_phrasings <= MOST_PHRASINGS or settings.num_turns < 1:
         problem = (
             f"num_phrasings {settings.num_phrasings} must be 1 to {MOST_PHRASINGS} "

@@ -52,7 +52,6 @@ from eve_vlm.data.splits import (
     size_rest,
 )
 
-FOLLOW_UPS = ("presence", "position", "corner", "count")
 # Steps of a two-dimensional Kronecker sequence (powers of 1 / 1.3247...): families and answers
 # come in even shares in any window of indices, and independently of each other.
 FAMILY_STEP, ANSWER_STEP = 0.7548776662466927, 0.5698402909980532
@@ -287,7 +286,7 @@ class SceneDataset:
         canvas: tuple[int, int],
         dice: Dice,
     ) -> tuple[Turn, ...]:
-        """The turn of the family, then `num_turns - 1` different ones of `FOLLOW_UPS`."""
+        """The turn of the family, then `num_turns - 1` different ones of `follow_ups`."""
         asked = [(family, subject)]
         concepts = [placement.concept for placement in placements]
         placed = [
@@ -296,8 +295,11 @@ class SceneDataset:
             if concepts.count(placement.concept) == 1 and is_clear_place(placement.box, canvas)
         ]
         single = family in SINGLE_FAMILIES or family in CAPTION_FAMILIES
-        for _ in range(0 if single else self.settings.num_turns - 1):
-            follow_up = dice.choice(FOLLOW_UPS if placed else ("presence", "count"))
+        follow_ups = [
+            one for one in self.settings.follow_ups if placed or one not in PLACE_FAMILIES
+        ]
+        for _ in range(0 if single or not follow_ups else self.settings.num_turns - 1):
+            follow_up = dice.choice(follow_ups)
             about = dice.choice(placed if follow_up in PLACE_FAMILIES else concepts)
             if follow_up == "presence" and dice.below(2):
                 about = dice.until(self.concepts, lambda concept: concept not in concepts)

@@ -22,7 +22,7 @@ from eve_vlm.data.rendered.kept_picture import kept_picture
 from eve_vlm.data.rendered.page import Page, Question, draw_page
 from eve_vlm.data.rendered.sheet import SPLIT_KEYS
 from eve_vlm.data.rendered.vocabulary import PageSplit
-from eve_vlm.data.rendered.word_pictures import FAMILIES, GROUPS, WordPictures
+from eve_vlm.data.rendered.word_pictures import FAMILIES, GROUPS, MORE_GROUPS, WordPictures
 from eve_vlm.data.splits import Dice
 
 RECORD_KEY = 64  # tells these dice from those of other generators with the same seed
@@ -75,7 +75,9 @@ class RenderedSource:
                     split=split,
                     size=size,
                     seed=seed,
-                    groups=_weights(options, "groups", GROUPS),
+                    groups=_weights(
+                        options, "groups", dict.fromkeys((*GROUPS, *MORE_GROUPS), 1), GROUPS
+                    ),
                     families=_weights(options, "families", dict.fromkeys(FAMILIES, 1), {"word": 1}),
                     dictionary=options.get("dictionary"),
                 )

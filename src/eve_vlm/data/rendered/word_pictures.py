@@ -22,6 +22,8 @@ from eve_vlm.data.splits import Dice
 WORD_KEY = 63  # tells these dice from those of other generators with the same seed
 GROUPS = {"short": 5.0, "long": 7.0, "number": 4.0, "letters": 3.0, "phrase": 2.0}
 """What is written, and how often unless an option says otherwise."""
+MORE_GROUPS = ("character",)
+"""What is written where an option asks for it: one letter or digit, to begin with."""
 FAMILIES = ("word", "caption_word")
 SHORT = 6  # letters; more are too small on a square
 NUM_STRINGS = 8_000  # of each length class of `letters`
@@ -40,7 +42,7 @@ class WordPictures:
 
     Args:
         size: number of records.
-        groups: weights of `GROUPS`.
+        groups: weights of `GROUPS` and `MORE_GROUPS`.
         families: weights of `FAMILIES`: asked in one of two ways, or captioned `the word ...`.
         dictionary: an asset with English words, for `short` and `long`.
     """
@@ -166,6 +168,11 @@ def _letters(split: PageSplit, seed: int, dictionary: str | None) -> list[Part]:
     return [(_cleared(short, split), SQUARE), (_cleared(long, split), WIDE)]
 
 
+def _characters(split: PageSplit, seed: int, dictionary: str | None) -> list[Part]:
+    """Letters of both cases and digits, in both splits: a reader must have seen them all."""
+    return [((*ALPHABET, *ALPHABET.upper(), *numbers(1, split=split)), SQUARE)]
+
+
 def _phrases(split: PageSplit, seed: int, dictionary: str | None) -> list[Part]:
     """Names, goods and places as documents write them, with capitals and blanks."""
     of = VOCABULARY[split]
@@ -181,6 +188,7 @@ _MAKERS: dict[str, Callable[[PageSplit, int, str | None], list[Part]]] = {
     "number": _numbers,
     "letters": _letters,
     "phrase": _phrases,
+    "character": _characters,
 }
 
-__all__ = ["FAMILIES", "GROUPS", "WordPictures", "kept_words"]
+__all__ = ["FAMILIES", "GROUPS", "MORE_GROUPS", "WordPictures", "kept_words"]
