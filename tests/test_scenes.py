@@ -415,19 +415,20 @@ def test_follow_ups_are_those_that_are_asked_for(pictograms):
     said = [texts(data.outline(index))[::2] for index in range(100)]
     assert {2, 3} <= {len(questions) for questions in said} <= {1, 2, 3, 4}
     assert all(question.startswith("How many") for questions in said for question in questions)
-    # Nothing stands in a clear place here, so places cannot be asked about.
-    middle = {"canvases": ((40, 40),), "grids": ((1, 1),)}
+    # Places are asked about only where a thing stands alone of its kind.
     data = dataset(
         pictograms,
-        families={"presence": 1},
-        **middle,
-        min_objects=1,
-        max_objects=1,
-        max_count=1,
+        families={"count": 1},
+        max_objects=2,
+        max_count=2,
         num_turns=4,
         follow_ups=("position", "corner"),
     )
-    assert {len(data.scene(index).turns) for index in range(50)} == {1}
+    for index in range(100):
+        scene = data.scene(index)
+        alone = len({placement.concept for placement in scene.placements}) == len(scene.placements)
+        assert (len(scene.turns) > 1) == alone
+    assert {len(data.scene(index).turns) > 1 for index in range(100)} == {False, True}
 
 
 # ---- balance -------------------------------------------------------------------------------------
