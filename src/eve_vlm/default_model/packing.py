@@ -27,6 +27,7 @@ from eve_vlm.default_model.assembling import (
 )
 from eve_vlm.default_model.card import write_card
 from eve_vlm.default_model.difference import LIMIT, Difference, make_difference, sha256_of
+from eve_vlm.default_model.examples import EXAMPLES, answered_examples
 from eve_vlm.encoder_twin_eve import EveEncoderConfig
 from eve_vlm.eval.tables import all_results
 from eve_vlm.loading import load_config, load_model, load_processor
@@ -68,7 +69,8 @@ def pack(
 
     Raises:
         ValueError: if the run is not finished, the two models do not belong together, or the
-            results are not whole, or a whole model is above the limit.
+            results are not whole, or a whole model is above the limit or cannot be asked about
+            pictures here, because what draws them is not installed.
     """
     there = (trained / "config.json").is_file()
     if there and isinstance(load_config(trained).vision_config, EveEncoderConfig):
@@ -118,7 +120,11 @@ def pack(
     }
     with written_whole(out / FACTS) as part:
         part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    write_card(out, facts, results=results)
+    for name in EXAMPLES:
+        (out / f"{name}.png").unlink(missing_ok=True)
+    # What is shipped is asked; a difference would have to be put on its decoder first.
+    shown = answered_examples(out / WHOLE, out) if base is None else []
+    write_card(out, facts, results=results, shown=shown)
     return Packed(out, weights, difference, facts)
 
 
