@@ -431,6 +431,30 @@ def test_follow_ups_are_those_that_are_asked_for(pictograms):
     assert {len(data.scene(index).turns) > 1 for index in range(100)} == {False, True}
 
 
+def test_what_is_not_there_is_said_to_be_nowhere_and_none(pictograms):
+    families = {"presence": 1, "count": 1, "position": 1}
+    plain = {"families": families, "num_turns": 3, "num_phrasings": 4, "size": 600}
+    data, without = (dataset(pictograms, absent=share, **plain) for share in (0.25, 0.0))
+    absent, first = Counter(), Counter()
+    for index in range(600):
+        scene = data.scene(index)
+        assert scene.placements == without.scene(index).placements
+        names = {placement.concept for placement in scene.placements}
+        for number, (question, answer) in enumerate(scene.turns):
+            asked = next(kind for kind, text in ASKS.items() if re.fullmatch(text, question))
+            if asked in ("many", "where"):
+                there = singular(re.fullmatch(ASKS[asked], question)[1]) in names
+                assert there == (answer not in ("none", "nowhere"))
+                assert there or answer == {"many": "none", "where": "nowhere"}[asked]
+                absent[there] += 1
+                first[there] += number == 0
+    for shares in (absent, first):
+        assert shares[False] / shares.total() == pytest.approx(0.25, abs=0.05)
+    assert not {"none", "nowhere"} & {
+        answer for index in range(600) for _, answer in without.scene(index).turns
+    }
+
+
 # ---- balance -------------------------------------------------------------------------------------
 
 
@@ -498,6 +522,7 @@ def test_families_come_by_weight(pictograms):
         ({"num_phrasings": 5}, "num_phrasings 5 must be 1 to 4"),
         ({"follow_ups": ("count", "colour")}, "must name some of presence, position, corner"),
         ({"follow_ups": ()}, "follow_ups"),
+        ({"absent": 1.0}, "absent 1.0 must be a share"),
     ],
 )
 def test_impossible_settings_are_refused(pictograms, change, message):

@@ -51,6 +51,8 @@ UNSEEN_WORDS = ("fun", "shop", "lake", "rain", "sweet", "job", "north", "sky")
 """Written words that no training scene or text holds."""
 
 NUMBERS = ("one", "two", "three", "four", "five", "six")
+ABSENT_ANSWERS = {"count": "none", "position": "nowhere"}
+"""What is answered about a thing that is not there, by family."""
 SEES = (
     *("What do you see?", "Describe the picture."),
     *("What is in the picture?", "What does the picture show?"),
@@ -201,6 +203,8 @@ def turn_about(
     )
     if family == "presence":
         return Turn(question, "yes" if boxes else "no")
+    if not boxes and family in ABSENT_ANSWERS:
+        return Turn(question, ABSENT_ANSWERS[family])
     if family == "count":
         return Turn(question, NUMBERS[len(boxes) - 1])
     return Turn(question, place if family == "position" else subject)
@@ -232,6 +236,7 @@ def vocabulary() -> tuple[str, ...]:
     """Every word and mark that a scene of any split can say, sorted: what a tokenizer must know."""
     texts = [
         *SEES,
+        *ABSENT_ANSWERS.values(),
         RELATION.format(x="", y=""),
         *NUMBERS,
         *PLACES,
@@ -248,6 +253,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 __all__ = [
+    "ABSENT_ANSWERS",
     "CAPTION_FAMILIES",
     "FAMILIES",
     "MOST_PHRASINGS",

@@ -59,6 +59,8 @@ class SceneSettings:
 
     An answer about a place may follow from an earlier one; a number or a presence hardly does.
     """
+    absent: float = 0.0
+    """Share of questions for a number or a place about what is not there: "none", "nowhere"."""
     num_phrasings: int = 1
     """Phrasings of a question that take part (1 to 4)."""
 
@@ -129,6 +131,8 @@ def check_settings(
         )
     elif not settings.follow_ups or set(settings.follow_ups) - set(FOLLOW_UPS):
         problem = f"follow_ups {settings.follow_ups} must name some of {', '.join(FOLLOW_UPS)}"
+    elif not 0 <= settings.absent < 1:
+        problem = f"absent {settings.absent} must be a share from 0 to below 1"
     elif not 1 <= settings.num_phrasings <= MOST_PHRASINGS or settings.num_turns < 1:
         problem = (
             f"num_phrasings {settings.num_phrasings} must be 1 to {MOST_PHRASINGS} "

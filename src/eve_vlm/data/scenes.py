@@ -8,7 +8,7 @@ grids are (rows, cols), while boxes are (left, top, right, bottom) as in Pillow.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from eve_vlm.data.phrases import (
+    ABSENT_ANSWERS,
     CAPTION_FAMILIES,
     SEEN_WORDS,
     UNSEEN_WORDS,
@@ -205,7 +206,7 @@ class SceneDataset:
         chosen = self._draw_concepts(2 if family == "caption_relation" else number, dice)
         subject = dice.choice(chosen)
         if family == "presence" and stratum >= 0.5:
-            subject = dice.until(self.concepts, lambda concept: concept not in chosen)
+            subject = self._absent(chosen, dice)
         return dice.shuffled(chosen), subject
 
     def _crowd(self, number: int, dice: Dice) -> tuple[list[str], str]:
@@ -278,6 +279,9 @@ class SceneDataset:
         ink = draw_ink(dice, self.split) if is_word else None
         return Placement(concept, box, size, angle, ink)
 
+    def _absent(self, concepts: Sequence[str], dice: Dice) -> str:
+        return dice.until(self.concepts, lambda concept: concept not in concepts)
+
     def _turns(
         self,
         family: str,
@@ -302,8 +306,16 @@ class SceneDataset:
             follow_up = dice.choice(follow_ups)
             about = dice.choice(placed if follow_up in PLACE_FAMILIES else concepts)
             if follow_up == "presence" and dice.below(2):
-                about = dice.until(self.concepts, lambda concept: concept not in concepts)
+                about = self._absent(concepts, dice)
             asked.append((follow_up, about))
+        share = self.settings.absent
+        if share:  # no dice are thrown without it, so that scenes stay what they were
+            asked = [
+                (kind, self._absent(concepts, dice))
+                if kind in ABSENT_ANSWERS and dice.unit() < share
+                else (kind, about)
+                for kind, about in asked
+            ]
         return tuple(
             turn_about(
                 kind,
