@@ -7,6 +7,7 @@ balance is counted.  Exact but for shares, whose tolerance stands beside them.
 
 import os
 import pickle
+import re
 from collections import Counter
 from functools import lru_cache
 from itertools import combinations
@@ -100,20 +101,25 @@ def quarter(collage, cell):
     return f"{'top' if upper else 'bottom'} {'left' if left else 'right'}"
 
 
+def subject_last(question):
+    """Without what some phrasings say behind the thing or place that is asked about."""
+    return re.sub(r"( in the picture| are there| do you see| corner)?[?.]$", "", question)
+
+
 def expected(collage, question):
     """The answer by the cells alone."""
     names = Counter(thing.name for thing in collage.cells.values())
     at = {thing.name: cell for cell, thing in collage.cells.items()}
-    words = question.rstrip("?.").split()
-    if question.startswith(("Is there a", "Do you see a")):
+    words = subject_last(question).split()
+    if question.startswith(("Is there a", "Do you see a", "Can you see a")):
         return "yes" if words[-1] in names else "no"
     if question.startswith(("How many", "Count the")):
         (name,) = (one for one in names if plural(one) == words[-1])
         return WORDS[names[name] - 1]
-    if question.startswith(("Where is the", "Find the")):
+    if question.startswith(("Where is the", "Find the", "Where do you see the")):
         assert names[words[-1]] == 1
         return quarter(collage, at[words[-1]])
-    if question.startswith(("What is ", "Name the one ")):
+    if question.startswith(("What is ", "Name the one ", "What do you see ")):
         place = " ".join(words[-2:])
         (name,) = (name for name, cell in at.items() if quarter(collage, cell) == place)
         assert names[name] == 1
@@ -211,7 +217,7 @@ def test_absent_things_are_drawn_in_three_ways(make):
         collage = source.collage(index)
         turn = collage.scene.turns[0]
         if turn.answer == "no":
-            name = turn.question.rstrip("?").split()[-1]
+            name = subject_last(turn.question).split()[-1]
             groups = {NAMES.index(thing.name) % 5 for thing in collage.cells.values()}
             absent.append((NAMES.index(name) % 5 in groups, len(groups)))
     by_chance = sum(groups / 5 for _, groups in absent) / len(absent)
