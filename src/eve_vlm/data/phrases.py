@@ -54,8 +54,10 @@ NUMBERS = ("one", "two", "three", "four", "five", "six")
 ABSENT_ANSWERS = {"count": "none", "position": "nowhere"}
 """What is answered about a thing that is not there, by family."""
 SEES = (
-    *("What do you see?", "Describe the picture."),
-    *("What is in the picture?", "What does the picture show?"),
+    "What do you see?",
+    "Describe the picture.",
+    "What is in the picture?",
+    "What does the picture show?",
 )
 """Phrasings of the question whose answer is a caption."""
 SEE = SEES[0]
@@ -73,24 +75,34 @@ IRREGULAR = {
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "name": ("What is this?", "Name this.", "What is it?", "What is shown here?"),
     "presence": (
-        *("Is there {a}?", "Do you see {a}?"),
-        *("Is there {a} in the picture?", "Can you see {a}?"),
+        "Is there {a}?",
+        "Do you see {a}?",
+        "Is there {a} in the picture?",
+        "Can you see {a}?",
     ),
     "count": (
-        *("How many {s}?", "Count the {s}."),
-        *("How many {s} are there?", "How many {s} do you see?"),
+        "How many {s}?",
+        "Count the {s}.",
+        "How many {s} are there?",
+        "How many {s} do you see?",
     ),
     "position": (
-        *("Where is the {x}?", "Find the {x}."),
-        *("Where is the {x} in the picture?", "Where do you see the {x}?"),
+        "Where is the {x}?",
+        "Find the {x}.",
+        "Where is the {x} in the picture?",
+        "Where do you see the {x}?",
     ),
     "corner": (
-        *("What is {place}?", "Name the one {place}."),
-        *("What is in the {place} corner?", "What do you see {place}?"),
+        "What is {place}?",
+        "Name the one {place}.",
+        "What is in the {place} corner?",
+        "What do you see {place}?",
     ),
     "word": (
-        *("What does it say?", "Read the word."),
-        *("What is written here?", "Which word is this?"),
+        "What does it say?",
+        "Read the word.",
+        "What is written here?",
+        "Which word is this?",
     ),
 }
 MOST_PHRASINGS = min(map(len, QUESTIONS.values()))
