@@ -115,7 +115,7 @@ def finished_stage(folder):
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
     versions = {"device": "a GPU", "commit": "c0ffee"}
     (folder / "versions.json").write_text(json.dumps(versions), encoding="utf-8")
-    (folder / "recipe.resolved.yaml").write_text("name: x\n", encoding="utf-8")
+    (folder / "recipe.resolved.yaml").write_text(f"name: own-way-{folder.name}\n", "utf-8")
     return folder
 
 
@@ -412,6 +412,7 @@ def test_a_whole_model_says_what_it_is(whole):
     card = (whole / CARD).read_text(encoding="utf-8")
     assert f"all {held:,} parameters in float32" in card and facts["sha256"] in card
     assert "nothing is fetched" in card and "SmolLM2" not in card
+    assert "`eve small train --decoder new --recipes own_way`" in card
     assert "| finetune | 2 | 8 | 1.5 | a GPU |" in card
 
 

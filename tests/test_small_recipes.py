@@ -29,10 +29,10 @@ from eve_vlm.data.sources.made import made_source
 from eve_vlm.data.sources.source import outline_of
 from eve_vlm.loading import load_model
 from eve_vlm.serve.engine import EveEngine
-from eve_vlm.small import merged_folder, stage_recipes, train_small
+from eve_vlm.small import merged_folder, stage_recipes, train_small, usual_output
 from eve_vlm.train.lora import make_trainable
 from eve_vlm.train.parameters import parameter_settings
-from eve_vlm.train.recipe import load_recipe
+from eve_vlm.train.recipe import load_recipe, resolved_yaml
 from eve_vlm.train.run import model_on_meta
 from eve_vlm.train.run_folder import write_recipe
 
@@ -90,10 +90,13 @@ def test_what_is_missing_is_said_before_anything_is_made(tmp_path, monkeypatch):
 # --- a new decoder --------------------------------------------------------------------------------
 
 
-def test_stages_of_a_new_decoder_follow_one_another(tmp_path):
+@pytest.mark.parametrize("folder", ["eve_small_cpu", "eve_small_gpu"])
+def test_stages_of_a_new_decoder_follow_one_another(tmp_path, folder):
     """The shipped recipes, one from the other; nothing of SmolLM2's model is needed."""
-    recipes = [load_recipe(f"eve_small_cpu/{name}") for name in small.STAGES[small.NEW]]
-    assert recipes == stage_recipes(Path("runs/eve-small-cpu"), decoder=small.NEW)
+    recipes = [load_recipe(f"{folder}/{name}") for name in small.STAGES[small.NEW]]
+    output = usual_output(small.NEW, folder)
+    assert output == Path("runs") / folder.replace("_", "-")
+    assert recipes == stage_recipes(output, decoder=small.NEW, folder=folder)
     assert recipes[0].model.init_from is None and recipes[0].stage.name == "language"
     for before, recipe in pairwise(recipes):
         assert recipe.model.init_from == before.output_dir
@@ -104,6 +107,25 @@ def test_stages_of_a_new_decoder_follow_one_another(tmp_path):
     assert all(one.get("split", "train") == "train" for one in options)
     text = tiny.refused(lambda: stage_recipes(tmp_path, decoder="gpt"))
     assert "--decoder is gpt; use smollm2 or new" in text
+
+
+def test_recipes_of_a_new_decoder_are_chosen(tmp_path):
+    """Those for two CPU cores unless told otherwise; a folder of one's own; not for a twin."""
+    output = tmp_path / "run"
+    usual = stage_recipes(output, decoder=small.NEW)
+    assert usual == stage_recipes(output, decoder=small.NEW, folder="eve_small_cpu")
+    own = tmp_path / "own"
+    own.mkdir()
+    for recipe, name in zip(usual, small.STAGES[small.NEW], strict=True):
+        (own / f"{name}.yaml").write_text(resolved_yaml(recipe).replace("seed: 0", "seed: 7", 1))
+    assert {one.seed for one in stage_recipes(output, decoder=small.NEW, folder=str(own))} == {7}
+    (own / "2_pretrain.yaml").unlink()
+    text = tiny.refused(lambda: stage_recipes(output, decoder=small.NEW, folder=str(own)))
+    assert "2_pretrain.yaml" in text
+    text = tiny.refused(lambda: stage_recipes(output, decoder=small.NEW, folder="eve_smal"))
+    assert "eve_smal/0_language" in text
+    text = tiny.refused(lambda: stage_recipes(output, folder="eve_small", twin_of=tmp_path))
+    assert "leave --recipes out" in text
 
 
 # Of every source, small; what they are made of comes with the extra demo.

@@ -3,8 +3,9 @@
 With a GPU a base is made from the asset `smollm2`, its decoder answers some thousand prompts
 without a picture, the three recipes in `recipes/eve_small` run one after the other, and what their
 adapters learnt is merged into a plain folder after each.  Without one a small decoder is made from
-nothing by the four recipes in `recipes/eve_small_cpu`.  An encoder-based twin for comparison is
-trained by the recipes that a run left, so that no value can differ but those of `twin_recipe`.
+nothing by the four recipes in `recipes/eve_small_cpu`, or by others of the same stages.  An
+encoder-based twin for comparison is trained by the recipes that a run left, so that no value can
+differ but those of `twin_recipe`.
 Easy to get wrong: nothing is fetched here, so that a machine without a network says at once what it
 lacks and not in the middle of the second stage.
 """
@@ -43,9 +44,7 @@ STAGES = {
 }
 """Recipes by decoder."""
 RECIPES = {SMOLLM2: "eve_small", NEW: "eve_small_cpu"}
-"""Their folders."""
-OUTPUTS = {SMOLLM2: Path("runs/eve-small"), NEW: Path("runs/eve-small-cpu")}
-"""Where runs lie unless told otherwise."""
+"""Their folders, unless told otherwise."""
 BASE = "base"  # folder of a run on the asset's decoder, beside those of the stages
 LANGUAGE = "language"  # the stage that makes a new decoder
 TEXTS = "conversations.jsonl"  # in the folder of a run: records without a picture
@@ -65,6 +64,7 @@ def stage_recipes(
     output: Path,
     *,
     decoder: str = SMOLLM2,
+    folder: str | None = None,
     steps_scale: float = 1.0,
     overrides: Sequence[str] = (),
     twin_of: Path | None = None,
@@ -74,6 +74,8 @@ def stage_recipes(
     Args:
         output: folder of the run.
         decoder: a key of `STAGES`; that of a twin is the one of its run.
+        folder: other recipes of the same stages, the name of a folder of the package's recipes or
+            the path of one; a twin has those of its run.
         steps_scale: factor of every recipe's `training.max_steps`.
         overrides: `key=value` for every stage; `finetune:key=value` for one.
         twin_of: folder of another run, by whose recipes and conversations a twin is trained; from
@@ -87,6 +89,8 @@ def stage_recipes(
         raise ValueError(f"--steps-scale is {steps_scale}; give a number above 0.")
     if twin_of is not None:
         decoder = decoder_of(twin_of)
+        if folder is not None:
+            raise ValueError("--twin-of takes the recipes of its run; leave --recipes out.")
     if decoder not in STAGES:
         raise ValueError(f"--decoder is {decoder}; use {' or '.join(STAGES)}.")
     recipes: list[Recipe] = []
@@ -100,8 +104,10 @@ def stage_recipes(
             start = twin_of / BASE
     for name in stages:
         stage = name.split("_", 1)[1]
-        shipped = f"{RECIPES[decoder]}/{name}"
-        file = shipped if twin_of is None else _recipe_file(twin_of, output, stage)
+        if twin_of is None:
+            file: str | Path = _stage_file(folder or RECIPES[decoder], name)
+        else:
+            file = _recipe_file(twin_of, output, stage)
         given = load_recipe(file)
         steps = max(round(given.training["max_steps"] * steps_scale), 1)
         begin = [] if start is None else [f"model.init_from={json.dumps(str(start))}"]
@@ -118,6 +124,17 @@ def stage_recipes(
         recipes.append(recipe)
         start = merged_folder(recipe)
     return recipes if twin_of is None else _twins(recipes)
+
+
+def _stage_file(folder: str, name: str) -> str | Path:
+    """The recipe of a stage in a folder of the package's recipes, or in a folder of one's own."""
+    return Path(folder) / f"{name}.yaml" if Path(folder).is_dir() else f"{folder}/{name}"
+
+
+def usual_output(decoder: str, folder: str | None = None) -> Path:
+    """Where a run lies unless told otherwise: `runs/eve-small-cpu` of `eve_small_cpu`."""
+    recipes = folder or RECIPES.get(decoder, RECIPES[SMOLLM2])
+    return Path("runs") / Path(recipes).name.replace("_", "-")
 
 
 def decoder_of(run: Path) -> str:
@@ -192,6 +209,7 @@ def train_small(
     output: Path,
     *,
     decoder: str = SMOLLM2,
+    folder: str | None = None,
     steps_scale: float = 1.0,
     overrides: Sequence[str] = (),
     base: Path | None = None,
@@ -202,7 +220,7 @@ def train_small(
 
     Args:
         output: folder of the run, with one folder for each stage below.
-        decoder, steps_scale, overrides, twin_of: see `stage_recipes`.
+        decoder, folder, steps_scale, overrides, twin_of: see `stage_recipes`.
         base: a model to start from in place of a new one on the asset's decoder.
         say: told in a sentence what is done.
 
@@ -214,7 +232,12 @@ def train_small(
     """
     transformers_logging.disable_progress_bar()
     recipes = stage_recipes(
-        output, decoder=decoder, steps_scale=steps_scale, overrides=overrides, twin_of=twin_of
+        output,
+        decoder=decoder,
+        folder=folder,
+        steps_scale=steps_scale,
+        overrides=overrides,
+        twin_of=twin_of,
     )
     if lacking := lacking_parts(recipes, decoder=base is None):
         raise ValueError(f"eve-small cannot be trained yet: {' '.join(lacking)}")
@@ -344,7 +367,6 @@ def _make_texts(file: Path, say: Callable[[str], object]) -> None:
 __all__ = [
     "BASE",
     "NEW",
-    "OUTPUTS",
     "SMOLLM2",
     "STAGES",
     "decoder_of",
@@ -353,4 +375,5 @@ __all__ = [
     "stage_recipes",
     "train_small",
     "twin_recipe",
+    "usual_output",
 ]

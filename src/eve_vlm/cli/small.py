@@ -34,14 +34,22 @@ def train(
         typer.Option(
             metavar="smollm2|new",
             help="smollm2: SmolLM2-135M-Instruct, for one GPU.  new: a small one from nothing, for "
-            "two CPU cores in about an hour and a half.",
+            "two CPU cores in about two hours.",
         ),
     ] = "smollm2",
+    recipes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Other recipes of the same stages: eve_small_gpu, a new decoder on one GPU, or a "
+            "folder of your own.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the run; runs/eve-small, for a new decoder runs/eve-small-cpu, and "
-            "RUN-twin for the twin of RUN."
+            help="Folder of the run; runs/eve-small, runs/eve-small-cpu and so on by its recipes, "
+            "and RUN-twin for the twin of RUN."
         ),
     ] = None,
     steps_scale: Annotated[
@@ -68,28 +76,32 @@ def train(
 
     eve small train --decoder new
 
+    eve small train --decoder new --recipes eve_small_gpu
+
     eve small train --twin-of runs/eve-small
     """
     from eve_vlm import small
 
     if output is None:
-        output = small.OUTPUTS.get(decoder, Path("runs/eve-small"))
+        output = small.usual_output(decoder, recipes)
         if twin_of is not None:
             output = Path(f"{twin_of}-twin")
     if dry_run:
-        recipes = small.stage_recipes(
+        plan = small.stage_recipes(
             output,
             decoder=decoder,
+            folder=recipes,
             steps_scale=steps_scale,
             overrides=overrides or (),
             twin_of=twin_of,
         )
-        _tell_plan(recipes)
+        _tell_plan(plan)
         return
     with stops_tidily():
         model = small.train_small(
             output,
             decoder=decoder,
+            folder=recipes,
             steps_scale=steps_scale,
             overrides=overrides or (),
             twin_of=twin_of,

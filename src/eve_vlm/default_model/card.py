@@ -109,8 +109,8 @@ the public domain (Openclipart)""",
         question="Is there a cat?",
         use="It is whole: nothing is fetched.",
         made="""\
-`eve small train --decoder new`, then `eve small pack`: a language stage and the three stages of EVE
-(docs/small.md), with the recipes of `recipes/eve_small_cpu`.""",
+`eve small train --decoder new --recipes {recipe_folder}`, then `eve small pack`: a language stage
+and the three stages of EVE (docs/small.md).""",
         data="""\
 Data: emoji of four styles (half of the drawings in Noto's style were never shown), composed scenes
 of twenty pictograms, and rendered words and numbers.""",
@@ -174,6 +174,7 @@ def write_card(
     words = _BY_DECODER[facts["decoder"]]._asdict()
     if facts["decoder"] == NEW:
         words["decoder"] = words["decoder"].format(layers=facts["layers"], width=facts["width"])
+        words["made"] = words["made"].format(recipe_folder=facts["recipe_folder"])
     text = _ABOUT.format(
         **words,
         width=vision["hidden_size"],

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from tqdm.auto import tqdm
 
 import eve_vlm
@@ -116,6 +117,7 @@ def pack(
         "longest_edge": settings["longest_edge"],
         "commit": commit,
         "recipes": recipes,
+        "recipe_folder": _recipe_folder(told[-1]),
         "stages": [{name: stage[name] for name in SHOWN} for stage in told],
     }
     with written_whole(out / FACTS) as part:
@@ -176,6 +178,12 @@ def _told(stage: Path) -> Mapping[str, Any]:
         "commit": versions["commit"],
         "recipe": recipe,
     }
+
+
+def _recipe_folder(stage: Mapping[str, Any]) -> str:
+    """Where the package's recipes of this name lie: `eve_small_cpu` of `eve-small-cpu-finetune`."""
+    name = str(yaml.safe_load(stage["recipe"])["name"])
+    return name.removesuffix(f"-{stage['name']}").replace("-", "_")
 
 
 __all__ = ["Packed", "pack"]
