@@ -115,14 +115,16 @@ and the three stages of EVE (docs/small.md).""",
 Data: emoji of four styles (half of the drawings in Noto's style were never shown), composed scenes
 of twenty pictograms, and rendered words and numbers.""",
         can="""\
-Of simple pictures with one to seven pictograms on a plain ground: say whether one of twenty things
-is there, how many there are of it, where it is, what is in a corner, how two things stand to each
-other, and list them, each as far as the table above says and not further. The things are apple,
-cat, car, tree, house, key, star, frog, umbrella, ball, dog, fish, banana, heart, clock, cow, book,
-rocket, crab and mushroom.""",
+- Of simple pictures with one to seven pictograms on a plain ground: say whether one of twenty
+  things is there, how many there are of it, where it is, what is in a corner, how two things stand
+  to each other, and list them. The things are apple, cat, car, tree, house, key, star, frog,
+  umbrella, ball, dog, fish, banana, heart, clock, cow, book, rocket, crab and mushroom.
+- Name a single emoji, and read one written word or number.
+
+Each as far as the table above says and not further.""",
         cannot="""\
-- Name other things, and read: it was shown emoji and written words too, but too few times; see the
-  rows `naming` and `reading`.
+- Name what is no emoji, and read more than one word or a long one; see the rows `naming` and
+  `reading`.
 - Anything else: photographs, pages, charts, screens. It answers all the same, with a wrong name.
 - Conversation, facts and reasoning: its language is that of its captions and questions. Ask as they
   do: "Is there a cat?", "How many cats are there?", "Where is the cat?", "What is top left?",
