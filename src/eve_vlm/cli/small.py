@@ -4,7 +4,7 @@ They read arguments and call `eve_vlm.small` and `eve_vlm.default_model`, import
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -86,27 +86,18 @@ def train(
         output = small.usual_output(decoder, recipes)
         if twin_of is not None:
             output = Path(f"{twin_of}-twin")
+    chosen: dict[str, Any] = {
+        "decoder": decoder,
+        "folder": recipes,
+        "steps_scale": steps_scale,
+        "overrides": overrides or (),
+        "twin_of": twin_of,
+    }
     if dry_run:
-        plan = small.stage_recipes(
-            output,
-            decoder=decoder,
-            folder=recipes,
-            steps_scale=steps_scale,
-            overrides=overrides or (),
-            twin_of=twin_of,
-        )
-        _tell_plan(plan)
+        _tell_plan(small.stage_recipes(output, **chosen))
         return
     with stops_tidily():
-        model = small.train_small(
-            output,
-            decoder=decoder,
-            folder=recipes,
-            steps_scale=steps_scale,
-            overrides=overrides or (),
-            twin_of=twin_of,
-            say=tell,
-        )
+        model = small.train_small(output, **chosen, say=tell)
     typer.echo(f"{model} is trained.")
     if packing and twin_of is None:
         _pack(output, output / "packed", None)
