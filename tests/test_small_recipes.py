@@ -126,6 +126,11 @@ def test_recipes_of_a_new_decoder_are_chosen(tmp_path):
     assert "eve_smal/0_language" in text
     text = tiny.refused(lambda: stage_recipes(output, folder="eve_small", twin_of=tmp_path))
     assert "leave --recipes out" in text
+    given = ["small", "train", "--decoder", "new", "--recipes", "eve_small_gpu", "--dry-run"]
+    done = CliRunner().invoke(app, given)
+    finetune = load_recipe("eve_small_gpu/3_finetune")
+    assert done.exit_code == 0
+    assert f"finetune: {finetune.training['max_steps']:,} steps of scenes, counts," in done.stdout
 
 
 # Of every source, small; what they are made of comes with the extra demo.
