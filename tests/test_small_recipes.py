@@ -121,9 +121,11 @@ def test_recipes_of_a_new_decoder_are_chosen(tmp_path):
     assert {one.seed for one in stage_recipes(output, decoder=small.NEW, folder=str(own))} == {7}
     (own / "2_pretrain.yaml").unlink()
     text = tiny.refused(lambda: stage_recipes(output, decoder=small.NEW, folder=str(own)))
-    assert "2_pretrain.yaml" in text
+    assert "own/2_pretrain: there is no such recipe" in text
     text = tiny.refused(lambda: stage_recipes(output, decoder=small.NEW, folder="eve_smal"))
     assert "eve_smal/0_language" in text
+    text = tiny.refused(lambda: stage_recipes(output, folder="eve_small_gpu"))
+    assert "begins with 0_language, which is for --decoder new" in text
     text = tiny.refused(lambda: stage_recipes(output, folder="eve_small", twin_of=tmp_path))
     assert "leave --recipes out" in text
     given = ["small", "train", "--decoder", "new", "--recipes", "eve_small_gpu", "--dry-run"]

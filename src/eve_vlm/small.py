@@ -32,7 +32,7 @@ from eve_vlm.export.merged_run import merge_run
 from eve_vlm.lora_adapters import require_peft
 from eve_vlm.output_folder import new_folder
 from eve_vlm.train.build import build_teacher
-from eve_vlm.train.recipe import load_recipe
+from eve_vlm.train.recipe import find_recipe, load_recipe
 from eve_vlm.train.run import finished_run, train
 from eve_vlm.train.run_folder import RECIPE_FILE
 from eve_vlm.train.sections import EncoderSection, Recipe
@@ -105,7 +105,7 @@ def stage_recipes(
     for name in stages:
         stage = name.split("_", 1)[1]
         if twin_of is None:
-            file: str | Path = _stage_file(folder or RECIPES[decoder], name)
+            file: str | Path = _stage_file(folder or RECIPES[decoder], name, decoder)
         else:
             file = _recipe_file(twin_of, output, stage)
         given = load_recipe(file)
@@ -126,9 +126,15 @@ def stage_recipes(
     return recipes if twin_of is None else _twins(recipes)
 
 
-def _stage_file(folder: str, name: str) -> str | Path:
-    """The recipe of a stage in a folder of the package's recipes, or in a folder of one's own."""
-    return Path(folder) / f"{name}.yaml" if Path(folder).is_dir() else f"{folder}/{name}"
+def _stage_file(folder: str, name: str, decoder: str) -> str:
+    """The recipe of a stage in a folder of the package's recipes, or in one of one's own."""
+    file = f"{folder}/{name}"
+    maker = find_recipe(file).with_name(f"{STAGES[NEW][0]}.yaml")
+    if decoder != NEW and maker.is_file():
+        raise ValueError(
+            f"{folder} begins with {maker.stem}, which is for --decoder {NEW}; add it."
+        )
+    return file
 
 
 def usual_output(decoder: str, folder: str | None = None) -> Path:
