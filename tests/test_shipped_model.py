@@ -98,6 +98,9 @@ def test_the_card_has_scores(card):
     """A model that was not measured is not shipped: `eve small pack RUN --results FOLDER`."""
     scores = card.split("## Scores")[1].split("##")[0]
     assert "Not measured" not in scores
+    header = next(line for line in scores.splitlines() if line.startswith("| task"))
+    for column, told in (("twin", "The twin"), ("(blind)", "Blind"), ("majority", "Majority")):
+        assert column in header and f"{told} " in scores, "a comparison without a word on it"
     for task in ("naming", "presence", "counting", "reading"):
         assert task in scores
 

@@ -71,6 +71,13 @@ class _Words(NamedTuple):
     drawings: str
 
 
+_COLUMNS = {
+    "twin": "The twin has the same decoder, data and steps, and a frozen encoder (docs/small.md).",
+    "blind": "Blind is asked without the picture.",
+    "majority": "Majority is the most frequent right answer of a task, always.",
+}
+"""What models of these names and kinds are, for readers of the scores."""
+
 _BY_DECODER = {
     DECODER: _Words(
         decoder="SmolLM2-135M-Instruct",
@@ -212,8 +219,11 @@ def _scores(results: Path | None) -> str:
         return "Not measured yet."
     models = all_results(results)
     said = notes(models)
+    names = [one["model"]["name"] for one in models]
+    kinds = [one["model"]["kind"] for one in models]
     lines = [
         "Offline tasks of `eve eval`: held-out drawings, sizes, positions, words; 95 % intervals.",
+        *(sentence for column, sentence in _COLUMNS.items() if column in (*names, *kinds)),
         "",
         _markdown(score_table(models)),
     ]
