@@ -25,7 +25,10 @@ from transformers import TrainingArguments
 
 import tiny
 from eve_vlm.data.rows import Position, Rows
-from eve_vlm.train.devices import strategy_arguments
+from eve_vlm.train import devices
+from eve_vlm.train.devices import check_device, strategy_arguments
+from eve_vlm.train.recipe import load_recipe
+from eve_vlm.train.run import train
 from eve_vlm.train.sections import DevicesSection
 from ranks import sharded_model
 
@@ -287,3 +290,26 @@ def test_the_slurm_example_starts_every_process_as_the_trainer_expects(tmp_path)
     first = "train tiny/1_prealign seed=1 2 RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 host-a:29500"
     second = first.replace("RANK=0", "RANK=1")
     assert log.read_text().splitlines() == [first, second, first, "requeue 77"]
+
+
+# --- a device that is not here --------------------------------------------------------------------
+
+
+def test_a_recipe_for_a_gpu_is_refused_where_there_is_none(monkeypatch, tmp_path):
+    """At once, with the keys and the remedy; the library's own words name arguments of its own."""
+    for name in ("is_torch_bf16_gpu_available", "is_torch_tf32_available"):
+        monkeypatch.setattr(devices, name, lambda: False)
+    output = f"output_dir={tmp_path / 'run'}"
+    recipe = load_recipe("eve_small_gpu/1_prealign", [output])
+    text = tiny.refused(lambda: train(recipe))
+    assert "training.bf16 and training.tf32 want a GPU" in text and "recipe for a CPU" in text
+    assert "give training.bf16=false training.tf32=false" in text
+    assert not (tmp_path / "run").exists()
+    given = [output, "training.bf16=false", "training.tf32=false"]
+    check_device(load_recipe("eve_small_gpu/1_prealign", given))
+    text = tiny.refused(lambda: check_device(load_recipe("eve_small_gpu/1_prealign", given[:2])))
+    assert text.startswith("training.tf32 wants a GPU")
+    check_device(load_recipe("eve_small_cpu/1_prealign"))
+    monkeypatch.setattr(devices, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(devices, "is_torch_tf32_available", lambda: True)
+    check_device(recipe)

@@ -30,6 +30,7 @@ from eve_vlm.data.sources.source import outline_of
 from eve_vlm.loading import load_model
 from eve_vlm.serve.engine import EveEngine
 from eve_vlm.small import merged_folder, stage_recipes, train_small, usual_output
+from eve_vlm.train import devices
 from eve_vlm.train.lora import make_trainable
 from eve_vlm.train.parameters import parameter_settings
 from eve_vlm.train.recipe import load_recipe, resolved_yaml
@@ -79,10 +80,12 @@ def test_steps_overrides_and_conversations_reach_their_stage(tmp_path):
 
 def test_what_is_missing_is_said_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setenv("EVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(devices, "is_torch_bf16_gpu_available", lambda: False)
     output = tmp_path / "run"
     done = CliRunner().invoke(app, ["small", "train", "--dry-run", "--output", str(output)])
     assert done.exit_code == 0
     assert all(f"eve assets fetch {name}" in done.stdout for name in ("smollm2", "openclipart"))
+    assert "lacking: training.bf16" in done.stdout  # not after hours of the stage before
     text = tiny.refused(lambda: train_small(output))
     assert "eve assets fetch smollm2" in text and not output.exists()
 

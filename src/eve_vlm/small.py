@@ -32,6 +32,7 @@ from eve_vlm.export.merged_run import merge_run
 from eve_vlm.lora_adapters import require_peft
 from eve_vlm.output_folder import new_folder
 from eve_vlm.train.build import build_teacher
+from eve_vlm.train.devices import check_device
 from eve_vlm.train.recipe import find_recipe, load_recipe
 from eve_vlm.train.run import finished_run, train
 from eve_vlm.train.run_folder import RECIPE_FILE
@@ -287,7 +288,7 @@ def lacking_parts(recipes: Sequence[Recipe], *, decoder: bool = True) -> list[st
     if decoder and start is not None and not (Path(start) / "config.json").is_file():
         checks += [lambda: asset_folder(SMOLLM2)]
     for recipe in recipes:
-        checks += [partial(build_teacher, recipe)]
+        checks += [partial(check_device, recipe), partial(build_teacher, recipe)]
         checks += [
             partial(source_of, source, seed=recipe.seed)
             for source in recipe.data.sources

@@ -1,4 +1,4 @@
-"""How `devices.strategy` of a recipe becomes arguments of the library's trainer.
+"""What a recipe wants of devices: arguments of the library's trainer, and whether they are here.
 
 One key says how a model is spread; the settings behind it are here and not in every recipe.  A
 recipe that needs others gives `training.deepspeed` or `training.fsdp_config` itself.  Easy to get
@@ -8,7 +8,30 @@ wrong: DeepSpeed clips gradients only where its own configuration says so, hence
 
 from typing import Any
 
-from eve_vlm.train.sections import DevicesSection
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
+
+from eve_vlm.train.sections import DevicesSection, Recipe
+
+
+def check_device(recipe: Recipe) -> None:
+    """Refuses a recipe for a GPU where there is none, before anything is built or trained.
+
+    Raises:
+        ValueError: with the keys that want one.
+    """
+    training = recipe.training
+    wants = []
+    if training.get("bf16") and not training.get("use_cpu") and not is_torch_bf16_gpu_available():
+        wants.append("bf16")
+    if training.get("tf32") and not is_torch_tf32_available():
+        wants.append("tf32")
+    if wants:
+        keys = " and ".join(f"training.{name}" for name in wants)
+        raise ValueError(
+            f"{keys} {'want' if wants[1:] else 'wants'} a GPU, and torch finds none here that can; "
+            f"give {' '.join(f'training.{name}=false' for name in wants)} to train in float32 all "
+            "the same, or take a recipe for a CPU."
+        )
 
 
 def strategy_arguments(devices: DevicesSection) -> dict[str, Any]:
@@ -52,4 +75,4 @@ def _fsdp2(offload: bool) -> dict[str, Any]:
     }
 
 
-__all__ = ["strategy_arguments"]
+__all__ = ["check_device", "strategy_arguments"]

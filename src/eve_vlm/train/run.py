@@ -35,6 +35,7 @@ from eve_vlm.train.build import (
 from eve_vlm.train.checkpoints import flush_files, last_whole_checkpoint, step_of
 from eve_vlm.train.data import build_data
 from eve_vlm.train.data_log import BAD_RECORDS_FILE, DataLog
+from eve_vlm.train.devices import check_device
 from eve_vlm.train.evaluating import check_tasks
 from eve_vlm.train.lora import make_trainable, trainer_of
 from eve_vlm.train.parameters import parameter_table
@@ -88,6 +89,7 @@ def train(
     """
     check_trackers(recipe.training.get("report_to"))
     check_tasks(recipe.evaluation)
+    check_device(recipe)
     with held(Path(recipe.output_dir)):
         return _train(recipe, resume=resume, say=say, report=report)
 
