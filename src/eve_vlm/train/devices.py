@@ -8,7 +8,11 @@ wrong: DeepSpeed clips gradients only where its own configuration says so, hence
 
 from typing import Any
 
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
+from transformers.utils import (
+    is_torch_bf16_gpu_available,
+    is_torch_tf32_available,
+    is_torch_xla_available,
+)
 
 from eve_vlm.train.sections import DevicesSection, Recipe
 
@@ -20,8 +24,10 @@ def check_device(recipe: Recipe) -> None:
         ValueError: with the keys that want one.
     """
     training = recipe.training
+    # As the library asks; a TPU (XLA) is no GPU and knows bfloat16.
+    half = training.get("use_cpu") or is_torch_bf16_gpu_available() or is_torch_xla_available()
     wants = []
-    if training.get("bf16") and not training.get("use_cpu") and not is_torch_bf16_gpu_available():
+    if training.get("bf16") and not half:
         wants.append("bf16")
     if training.get("tf32") and not is_torch_tf32_available():
         wants.append("tf32")
