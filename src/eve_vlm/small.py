@@ -96,6 +96,9 @@ def stage_recipes(
         raise ValueError(f"--decoder is {decoder}; use {' or '.join(STAGES)}.")
     recipes: list[Recipe] = []
     stages, texts = STAGES[decoder], output / TEXTS
+    if twin_of is None:
+        folder = folder or RECIPES[decoder]
+        _check_decoder(decoder, folder)
     start = output / BASE if decoder == SMOLLM2 else None
     if twin_of is not None:
         texts = twin_of / TEXTS
@@ -105,10 +108,7 @@ def stage_recipes(
             start = twin_of / BASE
     for name in stages:
         stage = name.split("_", 1)[1]
-        if twin_of is None:
-            file: str | Path = _stage_file(folder or RECIPES[decoder], name, decoder)
-        else:
-            file = _recipe_file(twin_of, output, stage)
+        file = f"{folder}/{name}" if twin_of is None else _recipe_file(twin_of, output, stage)
         given = load_recipe(file)
         steps = max(round(given.training["max_steps"] * steps_scale), 1)
         begin = [] if start is None else [f"model.init_from={json.dumps(str(start))}"]
@@ -127,15 +127,14 @@ def stage_recipes(
     return recipes if twin_of is None else _twins(recipes)
 
 
-def _stage_file(folder: str, name: str, decoder: str) -> str:
-    """The recipe of a stage in a folder of the package's recipes, or in one of one's own."""
-    file = f"{folder}/{name}"
-    maker = find_recipe(file).with_name(f"{STAGES[NEW][0]}.yaml")
+def _check_decoder(decoder: str, folder: str) -> None:
+    """Refuses recipes that make a new decoder where another one is to be taken."""
+    first = find_recipe(f"{folder}/{STAGES[decoder][0]}")
+    maker = first.with_name(f"{STAGES[NEW][0]}.yaml")
     if decoder != NEW and maker.is_file():
         raise ValueError(
             f"{folder} begins with {maker.stem}, which is for --decoder {NEW}; add it."
         )
-    return file
 
 
 def usual_output(decoder: str, folder: str | None = None) -> Path:

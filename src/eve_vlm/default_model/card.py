@@ -219,11 +219,10 @@ def _scores(results: Path | None) -> str:
         return "Not measured yet."
     models = all_results(results)
     said = notes(models)
-    names = [one["model"]["name"] for one in models]
-    kinds = [one["model"]["kind"] for one in models]
+    columns = {one["model"][key] for one in models for key in ("name", "kind")}
     lines = [
         "Offline tasks of `eve eval`: held-out drawings, sizes, positions, words; 95 % intervals.",
-        *(sentence for column, sentence in _COLUMNS.items() if column in (*names, *kinds)),
+        *(sentence for column, sentence in _COLUMNS.items() if column in columns),
         "",
         _markdown(score_table(models)),
     ]
