@@ -52,6 +52,15 @@ from eve_vlm.serve.worker import QueueFullError, Worker
 
 QUESTION, LENGTH = "What is this?", 24
 STEP = 0.03  # seconds that the model waits in each step while an answer is watched
+# Seconds for an answer that must not end by itself: the page's 128 tokens would take 38 s, longer
+# than a browser on a busy machine is waited for.
+LONG_STEP = 0.3
+
+
+class Waiting:
+    """How long the model waits in each step, in seconds."""
+
+    step = 0.0
 
 
 def engine(**settings) -> EveEngine:
@@ -189,14 +198,16 @@ def test_heat_does_not_wait_for_other_visitors(files):
     made = engine()
     question, sampling = user_message("Say more.", files[1:2]), Sampling(max_new_tokens=200)
     [expected] = made.answer([question], max_new_tokens=200)
-    visit, seen = visited(made, files[:1]), []
-    made.model.model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    visit, seen, waiting = visited(made, files[:1]), [], Waiting()
+    made.model.model.language_model.register_forward_pre_hook(lambda *_: time.sleep(waiting.step))
+    waiting.step = STEP
     with Worker(made) as worker:
         [reply] = worker.submit(question, sampling, on_piece=[seen.append])
         wait_until(lambda: len(seen) > 5)
         for layer in range(3):
             draw_heat(worker, visit.looked, 0, 0, View(layer=layer))
         assert not reply.finished
+        waiting.step = 0.0
         wait_until(lambda: reply.finished)
     assert reply.answer.text == expected.text
 
@@ -396,12 +407,6 @@ QUIET = (
 PATIENCE = 30_000  # milliseconds; for a machine that is busy with other tests
 
 
-class Waiting:
-    """How long the model waits in each step, in seconds."""
-
-    step = 0.0
-
-
 @pytest.fixture(scope="module")
 def site():
     """Address, worker and waiting time of a page with a model behind it."""
@@ -526,12 +531,13 @@ def test_ask_and_look(page, site, alone, files):
     grid = pixels(page, "#eve-grid")
     whole = np.asarray(draw_grid(Image.open(file), pictures=pictures).image)
     np.testing.assert_array_equal(grid, whole[: grid.shape[0], : grid.shape[1]])
-    expected, site[2].step = told(alone, [file]), STEP
+    expected, site[2].step = told(alone, [file]), LONG_STEP
     send(page)
     seen, end = [], time.monotonic() + PATIENCE / 1000
     while not page.is_visible("#eve-words"):
         assert time.monotonic() < end, f"no words to choose after {seen[-1:]}"
         seen += [text for text in answers(page)[:1] if text not in seen]
+        site[2].step = LONG_STEP if len(seen) < 4 else 0.0
     assert len(seen) >= 4 and all(expected.text.startswith(text) for text in seen[1:])
     assert [len(text) for text in seen[1:]] == sorted(len(text) for text in seen[1:])
     ended(page)
@@ -632,7 +638,7 @@ def test_what_is_no_picture_is_said_and_taken_out(page, files, tmp_path):
 def test_stop_and_clear(page, site, files):
     worker, waiting = site[1:]
     add(page, files[0])
-    waiting.step = STEP
+    waiting.step = LONG_STEP
     send(page)
     page.wait_for_selector('#eve-chat [data-testid="bot"]')
     page.wait_for_function(
@@ -663,7 +669,7 @@ def test_who_leaves_is_not_answered_any_more(chromium, site, files):
     worker, waiting = site[1:]
     with visitor(chromium, site[0]) as page:
         add(page, files[0])
-        waiting.step = 0.2  # 128 tokens would take 25 s
+        waiting.step = LONG_STEP
         send(page)
         page.wait_for_selector('#eve-chat [data-testid="bot"]')
         wait_until(lambda: worker.batch.busy)
