@@ -112,6 +112,26 @@ def assert_equal(made, expected):
     assert [name for name in made if not torch.equal(made[name], expected[name])] == []
 
 
+def assert_same(made, expected):
+    """The same weights to the last bit, and what follows from them.
+
+    Logits are equal but for rounding: where in memory a weight lies decides in which order a
+    product is summed up (MKL; 1.2e-5 of 3.9 between addresses that differ by 4 bytes on an AMD
+    EPYC), and files hold weights at other places than a new model.
+    """
+    assert_equal(plain_state(made), plain_state(expected))
+    close(logits_of(made), logits_of(expected))
+
+
+def plain_state(model):
+    """Weights in use, by the names they have where PEFT has wrapped nothing."""
+    return {
+        name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): weight
+        for name, weight in model.state_dict().items()
+        if ".original_module." not in name
+    }
+
+
 def weights_of(folder):
     return load_file(folder / "adapter_model.safetensors")
 
@@ -258,13 +278,13 @@ def test_the_base_stays_and_all_else_moves(make, tmp_path, monkeypatch):
 
 
 def test_peft_itself_reads_the_folder(make, tmp_path, monkeypatch):
-    """The same operations on the same weights: the same bits."""
+    """The same operations on the same weights."""
     import peft
 
     model = trained(make(lora={"dropout": 0.1}), monkeypatch)
     theirs = peft.PeftModel.from_pretrained(load_model(tmp_path / "base"), tmp_path / "run")
+    assert_same(theirs, model)
     expected = logits_of(model)
-    assert torch.equal(logits_of(theirs), expected)
     assert (logits_of(tiny.model()) - expected).abs().max() > 0.1 * expected.abs().max()
 
 
@@ -288,7 +308,7 @@ def test_parts_of_the_language_model_that_trained_whole_come_along(
     assert torch.equal(again.lm_head.weight, weight)
     assert not torch.equal(load_model(tmp_path / "base").lm_head.weight, weight)
     theirs = peft.PeftModel.from_pretrained(load_model(tmp_path / "base"), tmp_path / "run")
-    assert torch.equal(logits_of(theirs), expected)
+    assert_same(theirs, model)
 
 
 # --- loading and merging --------------------------------------------------------------------------
@@ -366,21 +386,21 @@ def test_a_folder_of_peft_alone_is_loaded_too(tmp_path):
     base_folder(tmp_path / "base")
     tiny.lora_adapter(tmp_path / "adapter", base=tmp_path / "base")
     loaded = load(tmp_path / "adapter", device="cpu")
-    assert torch.equal(logits_of(loaded.model), logits_of(tiny.model()))
+    assert_same(loaded.model, tiny.model())
     assert loaded.processor.image_processor.size_multiple == tiny.MULTIPLE
     merge_run(tmp_path / "adapter", tmp_path / "merged")
-    assert torch.equal(logits_of(load_model(tmp_path / "merged")), logits_of(tiny.model()))
+    assert_same(load_model(tmp_path / "merged"), tiny.model())
 
 
 def test_run_and_base_move_together(make, tmp_path):
     train(make("training.save_strategy=steps", "training.save_steps=2"))
-    expected = logits_of(load_model(tmp_path / "run"))
+    expected = load_model(tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
     for name in ("run", "base"):
         shutil.move(tmp_path / name, tmp_path / "elsewhere" / name)
-    assert torch.equal(logits_of(load_model(tmp_path / "elsewhere" / "run")), expected)
+    assert_same(load_model(tmp_path / "elsewhere" / "run"), expected)
     checkpoint = tmp_path / "elsewhere" / "run" / "checkpoint-4"
-    assert torch.equal(logits_of(load(checkpoint, device="cpu").model), expected)
+    assert_same(load(checkpoint, device="cpu").model, expected)
 
 
 # --- which base -----------------------------------------------------------------------------------
@@ -388,15 +408,15 @@ def test_run_and_base_move_together(make, tmp_path):
 
 def test_a_base_that_is_not_there(make, tmp_path):
     train(make())
-    expected = logits_of(load_model(tmp_path / "run"))
+    expected = load_model(tmp_path / "run")
     shutil.move(tmp_path / "base", tmp_path / "renamed")
     text = refused(lambda: load(tmp_path / "run", device="cpu"))
     assert "../base" in text and f"eve merge {tmp_path / 'run'} OUT --base MODEL" in text
     assert "adapter_config.json" in text
     merge_run(tmp_path / "run", tmp_path / "merged", base=tmp_path / "renamed")
-    assert torch.equal(logits_of(load_model(tmp_path / "merged")), expected)
+    assert_same(load_model(tmp_path / "merged"), expected)
     change_settings(tmp_path / "run", base_model_name_or_path=str(tmp_path / "renamed"))
-    assert torch.equal(logits_of(load_model(tmp_path / "run")), expected)
+    assert_same(load_model(tmp_path / "run"), expected)
     change_settings(tmp_path / "run", base_model_name_or_path=None)
     assert "does not say which model" in refused(lambda: load_model(tmp_path / "run"))
 
@@ -584,9 +604,7 @@ def test_quantized_weights_are_frozen_and_the_rest_learns(make, tmp_path, monkey
     assert not learning(again)
     merged = merge_run(tmp_path / "run", tmp_path / "merged")
     assert any(f"trained on {kind} weights" in note for note in merged.notes)
-    assert torch.equal(
-        logits_of(load_model(tmp_path / "merged")), logits_of(load_model(tmp_path / "run"))
-    )
+    assert_same(load_model(tmp_path / "merged"), load_model(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -676,7 +694,7 @@ def test_a_new_aligner_comes_from_the_adapter_folder(make, tmp_path, teacher_fol
     aligned = load(tmp_path / "run", device="cpu", aligner=True).model
     assert_equal(aligned.aligner.state_dict(), model.aligner.state_dict())
     theirs = peft.PeftModel.from_pretrained(load_model(tmp_path / "base"), tmp_path / "run")
-    assert torch.equal(logits_of(theirs), logits_of(model))
+    close(logits_of(theirs), logits_of(model))
 
 
 # --- refusals -------------------------------------------------------------------------------------
