@@ -88,6 +88,11 @@ CASES = {
         text=decoder(768, 6, 2000),
         work=TRAIN | {"length": 64},
     ),
+    "muon": Case(
+        what="finetune, the same with matrices moved by Muon",
+        text=decoder(768, 6, 2000),
+        work=TRAIN | {"length": 64, "muon": ("*",)},
+    ),
     "long": Case(
         what="pretrain, long sequence",
         text=decoder(256, 6),
@@ -274,6 +279,7 @@ def train(case: Case, folder: str) -> None:
         learning_rates={"*": 1e-4},
         weight_decay=0.0,
         alignment=None,
+        muon=list(work.get("muon", ())),
     )
     select_trainable(model, stage)
     if work.get("lora"):

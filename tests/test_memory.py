@@ -18,7 +18,7 @@ import torch
 import tiny
 from eve_vlm import EveConfig
 from eve_vlm.memory.estimate import MemoryModel
-from eve_vlm.memory.formulas import Sizes, Workload, held
+from eve_vlm.memory.formulas import Sizes, Trained, Workload, held
 from eve_vlm.memory.machine import (
     Device,
     human_bytes,
@@ -27,6 +27,9 @@ from eve_vlm.memory.machine import (
     this_machine,
 )
 from eve_vlm.memory.trace import CACHE, GRADIENTS, LiveBytes
+from eve_vlm.train.muon import MuonAdamW
+from eve_vlm.train.parameters import optimizer_groups
+from eve_vlm.train.sections import StageSection
 from test_cli import eve, refused  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,7 +162,7 @@ def test_the_cache_is_keys_and_values():
 def test_zero_shares_sixteen_bytes_a_parameter():
     """ZeRO, section 3: 2 + 2 + 12 bytes; stages 1, 2 and 3 shard 12, 14 and 16 of them."""
     count = 10**9
-    sizes = Sizes({"decoder": 2 * count}, count, [(count, 2 * count)], 10**7)
+    sizes = Sizes({"decoder": 2 * count}, count, [Trained(count, 2 * count)], 10**7)
     for stage, expected in ((1, 2 + 2 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)):
         asked = work(dtype=torch.bfloat16, device="cuda", gpus=8, sharding=f"zero{stage}")
         parts = held(sizes, asked)
@@ -169,12 +172,38 @@ def test_zero_shares_sixteen_bytes_a_parameter():
 
 def test_moments_are_of_the_parameters_type_and_eight_bits_are_two_bytes_and_scales():
     count = 2**20
-    sizes = Sizes({"decoder": 2 * count}, count, [(count, 2 * count)], 10**6)
+    sizes = Sizes({"decoder": 2 * count}, count, [Trained(count, 2 * count)], 10**6)
     moments = {
         name: held(sizes, work(dtype=torch.bfloat16, optimizer=name))["optimizer's moments"]
         for name in ("adamw", "adamw8bit", "sgd")
     }
     assert moments == {"adamw": 4 * count, "adamw8bit": 2 * count + 2 * 4 * count // 256, "sgd": 0}
+
+
+@pytest.mark.parametrize("globs", [("*",), ("*.mlp.*",)])
+def test_muon_keeps_one_moment_of_the_matrices_it_moves(globs):
+    """As the real optimizer keeps them after a step."""
+    config, asked = llama(tie_word_embeddings=True), work(muon=globs)
+    counted = held(MemoryModel(config).sizes(asked), asked)["optimizer's moments"]
+    model = tiny.model(config)
+    stage = StageSection(
+        name="pretrain",
+        trainable=["*"],
+        learning_rates={"*": 1e-3},
+        weight_decay=0.0,
+        alignment=None,
+        muon=list(globs),
+    )
+    optimizer = MuonAdamW(optimizer_groups(model, stage))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [state.items() for state in optimizer.state.values()]
+    kept = [value for state in states for name, value in state if name != "step"]
+    assert counted == sum(value.nbytes for value in kept)
+    assert "whole matrices" in tiny.refused(
+        lambda: MemoryModel(config).estimate(replace(asked, device="cuda", sharding="zero3"))
+    )
 
 
 def test_only_what_learns_has_gradients_and_tied_weights_have_one():
@@ -260,6 +289,23 @@ def test_fits_shows_parts_and_json_says_the_same(eve, saved_model):  # noqa: F81
         "fits": True,
     }
     assert data["dtype"] == "bfloat16" and data["sequence"]["length"] == 64
+
+
+def test_fits_counts_what_the_recipe_moves_by_muon(eve, saved_model):  # noqa: F811
+    asked = ("--task", "train", "--stage", "finetune", "--teacher", "none", "--json")
+    moments = []
+    for options in ([], ["--optimizer", "adamw_fused"]):
+        code, out, _ = eve(
+            "fits", saved_model, "--recipe", "eve_small_cpu/3_finetune", *asked, *options
+        )
+        assert code == 0
+        moments.append(json.loads(out)[0]["phases"]["optimizer step"]["optimizer's moments"])
+    linear = {
+        name: module.weight.nbytes
+        for name, module in tiny.model().named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    assert moments[1] - moments[0] == sum(linear.values())
 
 
 def test_fits_takes_recipes_and_configurations(eve, saved_model, tmp_path):  # noqa: F811

@@ -9,7 +9,6 @@ they are cleared before the clock is read.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from eve_vlm.data.collator import EveCollator
 from eve_vlm.data.encode import IGNORED, EncodedRecord, Encoder
 from eve_vlm.flops import Work, flops_of, terms_of, work_of
 from eve_vlm.modeling_eve import EveForConditionalGeneration
+from eve_vlm.parameter_names import matches_any, names_of
 
 from .measuring import Case, Clock, Need, weight_bytes
 from .subjects import Subject, globs_of
@@ -120,8 +120,8 @@ def _case(
 def learning(model: EveForConditionalGeneration, globs: Iterable[str]) -> Iterator[None]:
     """Lets globs of a model's parameters learn for a while; afterwards nothing does."""
     globs = tuple(globs)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fnmatchcase(name, glob) for glob in globs))
+    for parameter, names in names_of(model).items():
+        parameter.requires_grad_(matches_any(names, globs))
     model.train()
     try:
         yield

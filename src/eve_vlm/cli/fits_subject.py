@@ -324,6 +324,7 @@ def _training(subject: Subject, asked: Asked, stage: Stage, rank: int) -> "Workl
         if checkpointing is None
         else checkpointing,
         optimizer=asked.optimizer.value if asked.optimizer else usual.optimizer,
+        muon=() if asked.optimizer else usual.muon,
     )
 
 
@@ -340,6 +341,7 @@ def _as_recipe(work: "Workload", recipe: "Recipe", stage: Stage) -> "Workload":
         gradient_checkpointing=bool(checkpointing),
         attention=recipe.model.attn_implementation,
         optimizer=_optimizer_of(training.get("optim", "adamw_torch_fused")),
+        muon=tuple(recipe.stage.muon),
     )
 
 

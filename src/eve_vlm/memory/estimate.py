@@ -11,10 +11,9 @@ the sum of all parts.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +49,7 @@ from eve_vlm.memory.trace import (
     rehearsal,
 )
 from eve_vlm.modeling_eve import EveForConditionalGeneration
+from eve_vlm.parameter_names import matches_any, names_of
 
 
 class Teacher(Protocol):
@@ -150,9 +150,9 @@ class MemoryModel:
 
     def sizes(self, work: Workload) -> Sizes:
         """The model's bytes for this workload."""
-        key = (work.training, work.aligned, work.dtype, work.trainable, work.lora)
+        key = (work.training, work.aligned, work.dtype, work.trainable, work.lora, work.muon)
         if key not in self._sizes:
-            self._sizes[key] = sizes_of(self.build(work))
+            self._sizes[key] = sizes_of(self.build(work), muon=work.muon)
         return self._sizes[key]
 
     def build(self, work: Workload) -> EveForConditionalGeneration:
@@ -165,8 +165,8 @@ class MemoryModel:
             model = cls._from_config(config, attn_implementation=work.attention).to(work.dtype)
             if not work.training:
                 return model.eval().requires_grad_(False)
-            for names, parameter in _named(model):
-                parameter.requires_grad_(_matches(names, work.trainable))
+            for parameter, names in names_of(model).items():
+                parameter.requires_grad_(matches_any(names, work.trainable))
             if work.lora:
                 _add_lora(model, work.lora)
         if work.gradient_checkpointing:
@@ -181,7 +181,7 @@ class MemoryModel:
         if key not in self._runs:
             model = self.build(work)
             run = self._rehearse_training if work.training else self._rehearse_answer
-            self._runs[key] = sizes_of(model), run(model, work)
+            self._runs[key] = sizes_of(model, muon=work.muon), run(model, work)
         return self._runs[key]
 
     def _training(self, work: Workload) -> Estimate:
@@ -363,18 +363,6 @@ def _add_lora(model: EveForConditionalGeneration, rank: int) -> None:
 def _word(config: EveConfig) -> int:
     """An id that stands for no picture."""
     return 1 if config.image_token_id == 0 else 0
-
-
-def _named(model: nn.Module) -> Iterable[tuple[list[str], nn.Parameter]]:
-    """Every parameter once, with all its names; tied weights have more than one."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return [(aliases, parameter) for parameter, aliases in names.items()]
-
-
-def _matches(names: Sequence[str], globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs for name in names)
 
 
 __all__ = ["Estimate", "MemoryModel", "Teacher"]

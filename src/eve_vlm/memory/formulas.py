@@ -7,7 +7,7 @@ Easy to get wrong: torch's AdamW makes its moments in the type of the parameter,
 for bfloat16 weights; only DeepSpeed keeps float32 masters and moments beside them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from eve_vlm.image_processing_eve import num_image_tokens
 from eve_vlm.layer_taps_eve import LayerTaps
 from eve_vlm.memory.trace import ALIGNER, DECODER, GRADIENTS, PATCH_EMBEDDING
 from eve_vlm.modeling_eve import EveForConditionalGeneration
+from eve_vlm.parameter_names import hidden_matrices, matches_any
 
 TEMPORARIES = "optimizer's temporaries"
 
@@ -85,6 +86,8 @@ class Workload:
     """Training: batches whose gradients are summed up before a step."""
     optimizer: Optimizer = "adamw"
     """Training: `adamw` (torch), `adamw_fused` (torch), `adamw8bit` (bitsandbytes) or `sgd`."""
+    muon: tuple[str, ...] = ()
+    """Training: globs of the matrices that Muon moves; the optimizer moves all else."""
     gpus: int = 1
     """Training: devices that share the work; each has `batch` sequences."""
     sharding: Sharding = "none"
@@ -96,18 +99,32 @@ class Workload:
         return self.pictures * num_image_tokens(self.rows, self.cols)
 
 
+class Trained(NamedTuple):
+    """A parameter that learns."""
+
+    elements: int
+    bytes: int
+    muon: int = 0
+    """Muon's: the matrix's smaller side. 0: another optimizer's."""
+
+
 class Sizes(NamedTuple):
     """A model's bytes that do not depend on what it is given."""
 
     weights: dict[str, int]
     parameters: int
-    trained: list[tuple[int, int]]  # (elements, bytes) of every parameter that learns
+    trained: list[Trained]
     largest_layer: int  # bytes
 
     @property
     def gradients(self) -> int:
         """One gradient for each parameter that learns, of its own type; tied ones are one."""
-        return sum(size for _, size in self.trained)
+        return sum(one.bytes for one in self.trained)
+
+    @property
+    def elements(self) -> int:
+        """How many numbers learn."""
+        return sum(one.elements for one in self.trained)
 
 
 def check(config: EveConfig, work: Workload) -> None:
@@ -132,9 +149,14 @@ def check(config: EveConfig, work: Workload) -> None:
         )
     if work.sharding != "none" and work.device == "cpu":
         raise ValueError("Sharding is for GPUs; leave it out to train on the CPU.")
+    if work.sharding != "none" and work.muon:
+        raise ValueError(
+            f"Muon needs whole matrices, which {work.sharding} shares out; leave sharding out, or "
+            "name an optimizer to take in Muon's place."
+        )
 
 
-def sizes_of(model: EveForConditionalGeneration) -> Sizes:
+def sizes_of(model: EveForConditionalGeneration, *, muon: Sequence[str] = ()) -> Sizes:
     """Bytes of a model's weights by part, and what learns; tied weights count once."""
     parts = parts_of(model)
     owner = {
@@ -146,11 +168,19 @@ def sizes_of(model: EveForConditionalGeneration) -> Sizes:
     for name, parameter in model.named_parameters():
         part = "LoRA" if ".down." in name or ".up." in name else owner.get(id(parameter), DECODER)
         weights[part] = weights.get(part, 0) + parameter.nbytes
-    layers = layers_of(model)
+    layers, hidden = layers_of(model), hidden_matrices(model)
     return Sizes(
         weights,
         sum(parameter.numel() for parameter in model.parameters()),
-        [(part.numel(), part.nbytes) for part in model.parameters() if part.requires_grad],
+        [
+            Trained(
+                parameter.numel(),
+                parameter.nbytes,
+                min(parameter.shape) if matches_any(hidden.get(parameter, ()), muon) else 0,
+            )
+            for parameter in model.parameters()
+            if parameter.requires_grad
+        ],
         max(bytes_of(layer.parameters()) for layer in layers),
     )
 
@@ -182,6 +212,7 @@ def held(sizes: Sizes, work: Workload) -> dict[str, int]:
     GPUs get, one of all second moments, its fused form none. DeepSpeed keeps float32 masters of
     half-precision weights and float32 moments, and steps on float32 copies of the gradients (ZeRO,
     arXiv 1910.02054, section 3: stage 1 shards these, stage 2 gradients too, stage 3 weights too).
+    Muon (`train/muon.py`) keeps one moment, and moves one matrix after the other.
     """
     share = work.gpus if work.sharding != "none" else 1
     deepspeed = work.sharding.startswith("zero")
@@ -190,10 +221,9 @@ def held(sizes: Sizes, work: Workload) -> dict[str, int]:
         f"weights: {part}": size // (share if all_sharded else 1)
         for part, size in sizes.weights.items()
     }
-    count = sum(elements for elements, _ in sizes.trained)
     half = work.dtype.itemsize < 4
     if deepspeed and half:
-        parts["float32 master weights"] = 4 * count // share
+        parts["float32 master weights"] = 4 * sizes.elements // share
     parts["optimizer's moments"] = _moments(sizes, work, deepspeed) // share
     gradients_sharded = work.sharding in ("zero2", "zero3", "fsdp")
     parts[GRADIENTS] = sizes.gradients // (share if gradients_sharded else 1)
@@ -206,27 +236,38 @@ def _moments(sizes: Sizes, work: Workload, deepspeed: bool) -> int:
     if work.optimizer == "sgd":
         return 0
     if work.optimizer == "adamw8bit":
+        counts = [one.elements for one in sizes.trained]
         return sum(
             8 * count if count < SMALL_8BIT else 2 * (count + 4 * -(-count // BLOCK_8BIT))
-            for count, _ in sizes.trained
+            for count in counts
         )
-    return 2 * sum(4 * count if deepspeed else size for count, size in sizes.trained)
+    if deepspeed:
+        return 2 * 4 * sizes.elements
+    return sum(one.bytes if one.muon else 2 * one.bytes for one in sizes.trained)
 
 
 def _step_temporaries(sizes: Sizes, work: Workload, deepspeed: bool) -> int:
-    gradients = 4 * sum(count for count, _ in sizes.trained) if deepspeed else 0
-    if work.optimizer != "adamw" or not sizes.trained:
-        return gradients
+    gradients = 4 * sizes.elements if deepspeed else 0
+    muons = max((_muon_temporaries(one, work) for one in sizes.trained if one.muon), default=0)
+    others = [one.bytes for one in sizes.trained if not one.muon]
+    if work.optimizer != "adamw" or not others:
+        return max(gradients, muons)
     if work.device == "cuda":
-        return gradients + (gradients if deepspeed else sizes.gradients)
-    return 2 * max(size for _, size in sizes.trained)
+        return max(gradients + (gradients if deepspeed else sum(others)), muons)
+    return max(2 * max(others), muons)
+
+
+def _muon_temporaries(matrix: Trained, work: Workload) -> int:
+    """The update, two of its Newton-Schulz steps and two products of its smaller side."""
+    width = 4 if work.device == "cpu" else 2  # bytes, as train/muon.py multiplies
+    return matrix.bytes + 2 * width * (matrix.elements + matrix.muon**2)
 
 
 def _communication(sizes: Sizes, work: Workload) -> int:
     """Buffers of DDP (one copy of the gradients), DeepSpeed and FSDP (two layers in full)."""
     if work.gpus == 1:
         return 0
-    width, count = work.dtype.itemsize, sum(elements for elements, _ in sizes.trained)
+    width, count = work.dtype.itemsize, sizes.elements
     if work.sharding == "none":
         return sizes.gradients
     if work.sharding == "fsdp":
@@ -252,6 +293,7 @@ __all__ = [
     "Optimizer",
     "Sharding",
     "Sizes",
+    "Trained",
     "Workload",
     "bytes_of",
     "check",

@@ -182,7 +182,7 @@ def _lora(work: Workload) -> Change:
 
 
 def _zero3(work: Workload) -> Change:
-    if not work.training or work.device == "cpu" or work.sharding == "fsdp":
+    if not work.training or work.device == "cpu" or work.sharding == "fsdp" or work.muon:
         return []
     counts = [2**power for power in range(1, MOST_GPUS.bit_length())]
     return [

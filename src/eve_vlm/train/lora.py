@@ -31,10 +31,9 @@ from eve_vlm.lora_folder import (
     stored_notes,
 )
 from eve_vlm.modeling_eve import EveForConditionalGeneration
+from eve_vlm.parameter_names import matches_any, names_of
 from eve_vlm.processing_eve import EveProcessor
 from eve_vlm.train.parameters import (
-    matches_any,
-    names_of,
     require_frozen_encoder,
     require_matches,
     select_trainable,

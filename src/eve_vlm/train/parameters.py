@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from eve_vlm.encoder_twin_eve import encoder_parameters
+from eve_vlm.parameter_names import hidden_matrices, matches_any, names_of
 from eve_vlm.quantization import count_weights
 from eve_vlm.train.sections import StageSection
 
@@ -111,12 +112,7 @@ def parameter_settings(model: nn.Module, stage: StageSection) -> list[ParameterS
     _require_first_matches(globs, learning)
     everything = [alias for aliases in names.values() for alias in aliases]
     require_matches(stage.no_decay, everything, key="stage.no_decay", kind="parameter")
-    plain, words = _parameters_without_decay(model), _word_matrices(model)
-    hidden = {
-        parameter: aliases
-        for parameter, aliases in trainable.items()
-        if parameter.ndim == 2 and parameter not in words
-    }
+    plain, hidden = _parameters_without_decay(model), hidden_matrices(model)
     matrices = [alias for aliases in hidden.values() for alias in aliases]
     kind = "trainable matrix, word embeddings and head aside,"
     require_matches(stage.muon, matrices, key="stage.muon", kind=kind)
@@ -183,14 +179,6 @@ def _aligned(line: Sequence[str], widths: list[int]) -> str:
     return "  ".join(cells)
 
 
-def names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Every parameter with all its names; tied weights have more than one."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return names
-
-
 def _parameters_without_decay(model: nn.Module) -> set[nn.Parameter]:
     """Biases, and the weights of normalisation layers of any class (Llama brings its own RMSNorm).
 
@@ -206,21 +194,6 @@ def _parameters_without_decay(model: nn.Module) -> set[nn.Parameter]:
             if is_bias or known or (named and parameter.ndim <= 1):
                 exempt.add(parameter)
     return exempt
-
-
-def _word_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """Word embeddings and the head: a step moves few of their rows, so Muon is not for them."""
-    return {
-        parameter
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Embedding) or path.endswith("lm_head")
-        for parameter in module.parameters(recurse=False)
-    }
-
-
-def matches_any(names: Iterable[str], globs: Iterable[str]) -> bool:
-    """Whether any of the names fits any of the globs."""
-    return any(fnmatchcase(name, glob) for glob in globs for name in names)
 
 
 def require_matches(globs: Iterable[str], names: list[str], *, key: str, kind: str) -> None:
