@@ -201,9 +201,14 @@ def test_muon_keeps_one_moment_of_the_matrices_it_moves(globs):
     states = [state.items() for state in optimizer.state.values()]
     kept = [value for state in states for name, value in state if name != "step"]
     assert counted == sum(value.nbytes for value in kept)
-    assert "whole matrices" in tiny.refused(
-        lambda: MemoryModel(config).estimate(replace(asked, device="cuda", sharding="zero3"))
-    )
+    for changes, words in (
+        ({"device": "cuda", "sharding": "zero3"}, "whole matrices"),
+        ({"optimizer": "sgd"}, "beside AdamW"),
+    ):
+        text = tiny.refused(
+            lambda given=changes: MemoryModel(config).estimate(replace(asked, **given))
+        )
+        assert words in text
 
 
 def test_only_what_learns_has_gradients_and_tied_weights_have_one():

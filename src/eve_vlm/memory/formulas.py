@@ -154,6 +154,8 @@ def check(config: EveConfig, work: Workload) -> None:
             f"Muon needs whole matrices, which {work.sharding} shares out; leave sharding out, or "
             "name an optimizer to take in Muon's place."
         )
+    if work.muon and work.optimizer not in ("adamw", "adamw_fused"):
+        raise ValueError(f"Muon stands beside AdamW, not beside {work.optimizer}; keep one.")
 
 
 def sizes_of(model: EveForConditionalGeneration, *, muon: Sequence[str] = ()) -> Sizes:
