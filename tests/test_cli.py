@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from eve_vlm import __version__, cli
-from eve_vlm.quickstart import POINTER, STAGES
+from eve_vlm.last_quickstart import POINTER
+from eve_vlm.quickstart import STAGES
 from eve_vlm.train.recipe import recipes_folder, stage_recipes
 from test_pictures import png_claiming
 

