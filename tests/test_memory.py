@@ -29,8 +29,8 @@ from eve_vlm.memory.machine import (
 from eve_vlm.memory.trace import CACHE, GRADIENTS, LiveBytes
 from eve_vlm.train.muon import MuonAdamW
 from eve_vlm.train.parameters import optimizer_groups
-from eve_vlm.train.sections import StageSection
 from test_cli import eve, refused  # noqa: F401
+from test_muon import stage as stage_with_muon
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURABLE = Path("/proc/self/clear_refs").exists()
@@ -186,15 +186,7 @@ def test_muon_keeps_one_moment_of_the_matrices_it_moves(globs):
     config, asked = llama(tie_word_embeddings=True), work(muon=globs)
     counted = held(MemoryModel(config).sizes(asked), asked)["optimizer's moments"]
     model = tiny.model(config)
-    stage = StageSection(
-        name="pretrain",
-        trainable=["*"],
-        learning_rates={"*": 1e-3},
-        weight_decay=0.0,
-        alignment=None,
-        muon=list(globs),
-    )
-    optimizer = MuonAdamW(optimizer_groups(model, stage))
+    optimizer = MuonAdamW(optimizer_groups(model, stage_with_muon(globs)))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

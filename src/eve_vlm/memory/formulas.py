@@ -238,10 +238,9 @@ def _moments(sizes: Sizes, work: Workload, deepspeed: bool) -> int:
     if work.optimizer == "sgd":
         return 0
     if work.optimizer == "adamw8bit":
-        counts = [one.elements for one in sizes.trained]
         return sum(
             8 * count if count < SMALL_8BIT else 2 * (count + 4 * -(-count // BLOCK_8BIT))
-            for count in counts
+            for count, *_ in sizes.trained
         )
     if deepspeed:
         return 2 * 4 * sizes.elements
